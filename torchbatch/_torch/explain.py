@@ -1,0 +1,3 @@
+"""stub"""
+def explain(error, shared): return None
+def uncompiled(fun): return fun

@@ -1,0 +1,52 @@
+"""Batch levels: open and close one, wrap and unwrap values, ask at which levels a value is batched.
+
+Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._functorch._vmap_increment_nesting``,
+``_vmap_decrement_nesting``, ``_add_batch_dim``, ``_remove_batch_dim``, ``_unwrap_batched``, ``is_batchedtensor``,
+``is_functorch_wrapped_tensor``, ``maybe_get_level``, ``get_unwrapped``; ``torch._functorch.vmap.vmap_increment_nesting``
+with that module's ``_add_batch_dim``, ``_remove_batch_dim`` (the forms that Dynamo traces);
+``torch._functorch.predispatch.lazy_load_decompositions``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch._C import _functorch
+from torch._functorch import vmap as traceable
+from torch._functorch.predispatch import lazy_load_decompositions
+
+lazy_load_decompositions()
+
+enter_level = _functorch._vmap_increment_nesting
+leave_level = _functorch._vmap_decrement_nesting
+add_batch_dim = _functorch._add_batch_dim
+remove_batch_dim = _functorch._remove_batch_dim
+unwrap_batched = _functorch._unwrap_batched
+is_wrapped = _functorch.is_functorch_wrapped_tensor
+is_batchedtensor = _functorch.is_batchedtensor
+maybe_get_level = _functorch.maybe_get_level
+
+traceable_level = traceable.vmap_increment_nesting
+traceable_add = traceable._add_batch_dim
+traceable_remove = traceable._remove_batch_dim
+
+
+def batch_levels(value: torch.Tensor) -> Iterator[int]:
+    """The levels at which ``value`` is batched, innermost first, looking through the wrappers of grad levels."""
+    while is_wrapped(value):
+        if _functorch.is_batchedtensor(value):
+            yield _functorch.maybe_get_level(value)
+        value = _functorch.get_unwrapped(value)
+
+
+def is_batched_at(value: torch.Tensor, level: int) -> bool:
+    """Whether ``value`` holds one value per sample of the batch at ``level``."""
+    return level in batch_levels(value)
+
+
+def innermost(value: torch.Tensor) -> torch.Tensor:
+    """The plain tensor inside every wrapper."""
+    while is_wrapped(value):
+        value = _functorch.get_unwrapped(value)
+    return value

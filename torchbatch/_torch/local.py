@@ -1,0 +1,5 @@
+"""stub"""
+import torch
+class LocalTensor(torch.Tensor): pass
+def settle(x: torch.Tensor) -> None:
+    x.__class__ = torch.Tensor

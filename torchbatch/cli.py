@@ -1,0 +1,67 @@
+"""The command line: ``torchbatch demo``, or ``python -m torchbatch demo``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torchbatch as tb
+from torchbatch import demo
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the result is the exit status: 0, or 2 for a command that cannot be carried out."""
+    options = parser().parse_args(argv)
+    try:
+        return int(options.run(options))
+    except demo.DemoError as error:
+        print(f"torchbatch {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    top = argparse.ArgumentParser(prog="torchbatch", description="JAX's vmap for PyTorch.", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"torchbatch {tb.__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    add_demo(commands)
+    return top
+
+
+def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``demo`` and its options."""
+    text = "train a small CNN with per-example clipped gradients and show which digits it finds hardest"
+    defaults = demo.Options()
+    command = commands.add_parser("demo", help=text, description=text.capitalize() + ".", allow_abbrev=False)
+    command.add_argument("--device", choices=("cpu", "cuda"), default=defaults.device, help="default: %(default)s")
+    command.add_argument(
+        "--seed", type=_at_least(0), default=defaults.seed, metavar="N", help="of all random numbers (%(default)s)"
+    )
+    command.add_argument(
+        "--epochs", type=_at_least(1), default=defaults.epochs, metavar="N", help="passes over the data (%(default)s)"
+    )
+    command.add_argument(
+        "--output", type=Path, default=defaults.output, metavar="FILE", help="the picture to write (%(default)s)"
+    )
+    command.set_defaults(run=_run_demo)
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    demo.run(demo.Options(options.device, options.seed, options.epochs, options.output))
+    return 0
+
+
+def _at_least(smallest: int) -> Callable[[str], int]:
+    """Reads a whole number from ``smallest`` up, for argparse."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {smallest} up, got {text!r}")
+        return int(text)
+
+    return read

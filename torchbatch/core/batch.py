@@ -1,0 +1,52 @@
+"""Run a flat function at a new batch level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+
+from torchbatch._torch.escape import Watch, counts, deaths
+from torchbatch._torch.levels import add_batch_dim, enter_level, leave_level
+from torchbatch._torch.overlay import KEY, include
+from torchbatch.core.frames import in_scope
+
+# ``finish(output, level, size, values)`` takes the results out of the level and says how many of their tensors are new.
+Finish = Callable[[Any, int, int, Sequence[Any]], tuple[Any, int]]
+
+
+def run(
+    call: Callable[..., Any],
+    values: Sequence[Any],
+    axes: Sequence[int | None],
+    size: int,
+    name: Hashable,
+    randomness: str,
+    finish: Finish,
+    watch: Watch,
+) -> Any:
+    """``finish`` of ``call(*values)`` with each value's axis mapped; the level is closed whatever happens."""
+    stack = in_scope.stack
+    before = counts()
+    level = enter_level(size, randomness)
+    if not stack:
+        include(KEY, True)
+    stack.append((name, size, level))
+    new = -1
+    try:
+        if len(values) == 1:  # the commonest call, kept free of loops
+            result, new = finish(call(add_batch_dim(values[0], axes[0], level)), level, size, values)
+            return result
+        batched = [value if axis is None else add_batch_dim(value, axis, level) for value, axis in zip(values, axes)]
+        result, new = finish(call(*batched), level, size, values)
+        del batched
+        return result
+    finally:
+        stack.pop()
+        if not stack:
+            include(KEY, False)
+        leave_level()
+        after = counts()
+        if after[0] - before[0] - new != watch.allowed or after[1] != before[1] or deaths.seen:
+            watch.check(level, before, after, new)

@@ -1,0 +1,19 @@
+"""Short texts for values in messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def describe(value: Any) -> str:
+    """``float32[8,3]`` for an array, the type's name for anything else."""
+    if not isinstance(value, torch.Tensor):
+        return f"a value of type {type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('torch.')}[{','.join(str(n) for n in value.shape)}]"
+
+
+def function_name(fun: Any) -> str:
+    """What a message calls a function."""
+    return getattr(fun, "__name__", None) or type(fun).__name__

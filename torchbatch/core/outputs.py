@@ -1,0 +1,96 @@
+"""Take the results of a mapped function out of its batch level, laid out as ``out_axes`` says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchbatch._torch import levels, local
+from torchbatch.core import tree
+from torchbatch.core.axes import Axis, parse_prefix
+from torchbatch.core.describe import describe, function_name
+from torchbatch.errors import AxisError, OutputTypeError, UnmappedOutputError
+
+_Tensor = torch.Tensor
+
+
+class OutAxes:
+    """A checked ``out_axes``, ready for the output of a call."""
+
+    def __init__(self, out_axes: Any, sum_match: bool, fun: Any) -> None:
+        self.prefix = parse_prefix(out_axes, "out_axes")
+        self.sum_match = sum_match
+        self._fun = fun
+        self._in_front = self.prefix.structure is None and self.prefix.axes[0] == 0
+
+    def finish(self, output: Any, level: int, size: int, inputs: Sequence[Any]) -> tuple[Any, int]:
+        """The output outside ``level``, and how many of its tensors are not among ``inputs``."""
+        if self._in_front and type(output) is _Tensor:
+            result = levels.remove_batch_dim(output, level, size, 0)
+            for value in inputs:
+                if value is result:
+                    return result, 0
+            return result, 1
+        leaves, axes, rebuild = self.open(output)
+        results = [self._leaf(i, leaf, axis, level, size, output) for i, (leaf, axis) in enumerate(zip(leaves, axes))]
+        known = {id(value) for value in inputs}
+        return rebuild(results), sum(isinstance(x, _Tensor) and id(x) not in known for x in results)
+
+    def open(self, output: Any) -> tuple[list[Any], list[Axis], Any]:
+        """The leaves of an output, the axis of each, and how to rebuild the output around other leaves."""
+        if self.prefix.structure is None:
+            leaves, structure = tree.flatten(output)
+            return leaves, [self.prefix.axes[0]] * len(leaves), structure.unflatten
+        leaves, structure = tree.flatten(output)
+        what = f"out_axes of {function_name(self._fun)}"
+        axes = tree.broadcast_prefix(self.prefix.sealed, output, what=what, root="the output")
+        return leaves, [axis if isinstance(axis, int) else None for axis in axes], structure.unflatten
+
+    def _leaf(self, index: int, leaf: Any, axis: Axis, level: int, size: int, output: Any) -> Any:
+        value = leaf if isinstance(leaf, _Tensor) else as_output(leaf)
+        if type(value) is local.LocalTensor:
+            local.settle(value)
+        if axis is None:
+            return leaf if not isinstance(value, _Tensor) else self._unmapped(index, leaf, value, level, output)
+        if value is None:
+            raise OutputTypeError(
+                f"{self._path(output, index)} is {leaf!r} of type {type(leaf).__name__}, which is not an array. Return tensors, "
+                "arrays and numbers only, or give None for it in out_axes if it is the same for all samples."
+            )
+        return levels.remove_batch_dim(value, level, size, self._bounded(index, value, axis, output))
+
+    def _unmapped(self, index: int, leaf: Any, value: torch.Tensor, level: int, output: Any) -> Any:
+        inner, at = levels.unwrap_batched(value, level)
+        if at is None:
+            return leaf
+        if self.sum_match:
+            return inner.sum(at, dtype=None if inner.dtype is torch.bool else inner.dtype)
+        raise UnmappedOutputError(
+            f"{self._path(output, index)} varies along the mapped axis (each sample has its own {describe(value)}), but out_axes "
+            "is None for it. Give it an int in out_axes, or reduce it over the samples first."
+        )
+
+    def _bounded(self, index: int, value: torch.Tensor, axis: int, output: Any) -> int:
+        rank = value.dim() + 1
+        if not -rank <= axis < rank:
+            raise AxisError(
+                f"out_axes is {axis} for {self._path(output, index)}, but with the mapped axis it has {rank} "
+                f"dimension{'s' * (rank > 1)} (one sample is {describe(value)}): axes run over [-{rank}, {rank})."
+            )
+        return axis % rank
+
+    def _path(self, output: Any, index: int) -> str:
+        where = tree.paths(output)[index]
+        return f"the output of {function_name(self._fun)}" + (f" at {where}" if where else "")
+
+
+def as_output(leaf: Any) -> Any:
+    """Python numbers, NumPy scalars and arrays as tensors; None for what is not an array."""
+    if isinstance(leaf, bool | int | float | complex):
+        return torch.as_tensor(leaf)
+    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufc":
+        return torch.as_tensor(leaf)
+    return None

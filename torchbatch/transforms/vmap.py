@@ -1,0 +1,211 @@
+"""``vmap``: a function of one sample becomes the same function of a batch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from torchbatch._torch import explain, traced
+from torchbatch._torch.escape import Watch
+from torchbatch.core import axes as axes_
+from torchbatch.core import batch, chunks
+from torchbatch.core.describe import function_name
+from torchbatch.core.outputs import OutAxes
+from torchbatch.errors import AxisError, AxisSpecError, TorchbatchError
+
+_Tensor = torch.Tensor
+_is_compiling = torch.compiler.is_compiling
+_RANDOMNESS = ("error", "different", "same")
+
+
+def vmap(
+    fun: Callable[..., Any],
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    axis_name: Hashable = None,
+    axis_size: int | None = None,
+    spmd_axis_name: Any = None,
+    sum_match: bool = False,
+    *,
+    randomness: str = "error",
+    chunk_size: int | None = None,
+    **unknown: Any,
+) -> Callable[..., Any]:
+    """Map a function of one sample over an axis of its arguments.
+
+    Shapes: for ``fun : [a] -> [b]``, ``vmap(fun) : [n, a] -> [n, b]``; for ``fun : ([b, a], [a]) -> [b]``,
+    ``vmap(fun, in_axes=(None, 0)) : ([b, a], [n, a]) -> [n, b]``.
+
+    Args:
+        fun: a function of tensors, arrays, numbers and trees of them, written for one sample.
+        in_axes: which axis of each positional argument is mapped: an int for all, or a tuple or list with one entry per
+            argument. An entry is an int, None (the argument is shared by all samples and reaches ``fun`` as it is) or a
+            tree of them that is a prefix of the argument. Axes run over ``[-ndim, ndim)``. Keyword arguments are always
+            mapped over axis 0.
+        out_axes: where the mapped axis goes in each output: an int, None (the output does not vary and is returned
+            once) or a tree of them that is a prefix of the output.
+        axis_name: a name for the mapped axis.
+        axis_size: the number of samples; needed only when no argument is mapped.
+        spmd_axis_name: accepted as in JAX, where it concerns sharding over devices; it has no effect here.
+        sum_match: whether an output that varies where ``out_axes`` is None is summed over the axis, not an error.
+        randomness: what random operations inside ``fun`` do: ``"error"``, draw ``"different"`` values for each sample,
+            or the ``"same"``.
+        chunk_size: how many samples to run at once; None runs all. The result is the same, the memory is less.
+
+    Returns:
+        The mapped function, with the name, documentation and signature of ``fun``.
+
+    Raises:
+        AxisSpecError: an option has the wrong type or spelling.
+        AxisError: axes, sizes or structures do not fit the arguments or outputs.
+        InputTypeError, OutputTypeError: what is mapped, or returned, is not an array.
+        UnmappedOutputError: ``out_axes`` is None for an output that varies.
+        DataDependentError, InPlaceError, RandomnessError, UnsupportedOperationError, EscapedValueError: ``fun`` does
+            what cannot be done for all samples at once; the text names the line.
+
+    Example:
+        >>> import torch
+        >>> from torchbatch import vmap
+        >>> matrix = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> vectors = torch.tensor([[1.0, 1.0], [2.0, 3.0], [4.0, 5.0]])
+        >>> vmap(torch.mv, in_axes=(None, 0))(matrix, vectors)
+        tensor([[ 1.,  2.],
+                [ 2.,  6.],
+                [ 4., 10.]])
+
+    Source: the signature and the rules are those of ``jax.vmap``; ``randomness`` and ``chunk_size`` are those of
+    ``torch.func.vmap``.
+    """
+    if unknown:
+        raise _unknown_options(unknown)
+    _check_options(fun, axis_name, axis_size, randomness, chunk_size)
+    return Vmapped(fun, in_axes, out_axes, axis_name, axis_size, spmd_axis_name, sum_match, randomness, chunk_size)
+
+
+class Vmapped:
+    """The mapped function that :func:`vmap` returns."""
+
+    def __init__(self, fun: Callable[..., Any], in_axes: Any, out_axes: Any, *options: Any) -> None:
+        self._recipe = (fun, in_axes, out_axes, *options)
+        self._name, self._size, _, sum_match, self._randomness, self._chunk_size = options
+        self._fun = explain.uncompiled(fun)
+        self._in = axes_.InAxes(in_axes)
+        self._out = OutAxes(out_axes, bool(sum_match), fun)
+        self._finish = self._out.finish
+        self._watch = Watch()
+        self._plain_axes = self._in.flat if self._chunk_size is None and self._size is None else ()
+        self._every_axis = self._in.single.axes[0] if self._plain_axes is None and self._in.single else None
+        functools.update_wrapper(self, fun, updated=())
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        if _is_compiling():
+            return self._traced(args, kwargs)
+        try:
+            if not kwargs:
+                axes = self._plain_axes
+                if axes is None and self._every_axis is not None:
+                    axes = (self._every_axis,) * len(args)
+                size = _plain_size(args, axes)
+                if size is not None:
+                    return batch.run(self._fun, args, axes, size, self._name, self._randomness, self._finish, self._watch)
+            return self._general(args, kwargs)
+        except TorchbatchError:
+            raise
+        except Exception as error:
+            clearer = explain.explain(error, self._shared(args))
+            if clearer is None:
+                raise
+            raise clearer from error
+
+    def _general(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        fun, in_axes = self._fun, self._in
+        mapped = axes_.open_arguments(in_axes, args, kwargs, fun)
+        size = axes_.axis_size(mapped, self._size, lambda: axes_.mapped_names(in_axes, args, kwargs, fun))
+
+        def call(*batched: Any) -> Any:
+            positional, keywords = mapped.rebuild(batched)
+            return fun(*positional, **keywords)
+
+        if self._chunk_size is not None and self._chunk_size < size:
+            return chunks.run(call, mapped, size, self._chunk_size, self._name, self._randomness, self._out)
+        return batch.run(
+            call, mapped.values, mapped.axes, size, self._name, self._randomness, self._finish, self._watch
+        )
+
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _, in_axes, out_axes, *_ = self._recipe
+        return traced.call(
+            self._fun, in_axes, out_axes, self._out.sum_match, self._size, self._randomness, args, kwargs
+        )
+
+    def _shared(self, args: tuple[Any, ...]) -> Callable[[], dict[str, torch.Tensor]]:
+        """The unmapped tensors of a call by name, for an error that has to name one."""
+        return lambda: axes_.shared_tensors(self._in, args, self._fun)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else functools.partial(self, instance)
+
+    def __reduce__(self) -> Any:
+        module, name = self.__module__, self.__qualname__
+        found = sys.modules.get(module)
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        return name if found is self else (Vmapped, self._recipe)
+
+    def __repr__(self) -> str:
+        return f"<vmap of {function_name(self._fun)}>"
+
+
+def _plain_size(args: tuple[Any, ...], axes: tuple[int | None, ...] | None) -> int | None:
+    """The size of the mapped axes if all mapped arguments are bare tensors that fit, else None."""
+    if axes is None or len(axes) != len(args):
+        return None
+    size = None
+    for value, axis in zip(args, axes):
+        if axis is None:
+            continue
+        if type(value) is not _Tensor:
+            return None
+        shape = value.shape
+        if not 0 <= axis < len(shape) or (size is not None and shape[axis] != size):
+            return None
+        size = shape[axis]
+    return size
+
+
+_SPELLING = {"in_dims": "in_axes", "out_dims": "out_axes"}
+
+
+def _unknown_options(unknown: dict[str, Any]) -> AxisSpecError:
+    name = next(iter(unknown))
+    if name in _SPELLING:
+        return AxisSpecError(f"vmap has no option {name!r}: it is spelled {_SPELLING[name]}= here, as in JAX.")
+    known = ", ".join(list(inspect.signature(vmap).parameters)[1:-1])
+    return AxisSpecError(f"vmap has no option {name!r}; it has {known}.")
+
+
+def _check_options(fun: Any, axis_name: Any, axis_size: Any, randomness: Any, chunk_size: Any) -> None:
+    if not callable(fun):
+        raise AxisSpecError(f"vmap maps a function, but it got {fun!r} of type {type(fun).__name__}, which is not callable.")
+    try:
+        hash(axis_name)
+    except TypeError as error:
+        raise AxisSpecError(f"axis_name must be hashable, but it is {axis_name!r}.") from error
+    _check_count("axis_size", axis_size, 0)
+    _check_count("chunk_size", chunk_size, 1)
+    if randomness not in _RANDOMNESS:
+        raise AxisError(f"randomness must be 'error', 'different' or 'same', but it is {randomness!r}.")
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise AxisSpecError(f"{name} must be an int or None, but it is {value!r} of type {type(value).__name__}.")
+    if value < least:
+        raise AxisError(f"{name} must be at least {least}, but it is {value}.")
