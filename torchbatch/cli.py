@@ -10,6 +10,8 @@ from pathlib import Path
 import torchbatch as tb
 from torchbatch import demo
 
+_LARGEST = 2**64 - 1
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the result is the exit status: 0, or 2 for a command that cannot be carried out."""
@@ -40,10 +42,10 @@ def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     command = commands.add_parser("demo", help=text, description=text.capitalize() + ".", allow_abbrev=False)
     command.add_argument("--device", choices=("cpu", "cuda"), default=defaults.device, help="default: %(default)s")
     command.add_argument(
-        "--seed", type=_at_least(0), default=defaults.seed, metavar="N", help="of all random numbers (%(default)s)"
+        "--seed", type=_whole(0), default=defaults.seed, metavar="N", help="of all random numbers (%(default)s)"
     )
     command.add_argument(
-        "--epochs", type=_at_least(1), default=defaults.epochs, metavar="N", help="passes over the data (%(default)s)"
+        "--epochs", type=_whole(1), default=defaults.epochs, metavar="N", help="passes over the data (%(default)s)"
     )
     command.add_argument(
         "--output", type=Path, default=defaults.output, metavar="FILE", help="the picture to write (%(default)s)"
@@ -56,12 +58,14 @@ def _run_demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _at_least(smallest: int) -> Callable[[str], int]:
-    """Reads a whole number from ``smallest`` up, for argparse."""
+def _whole(smallest: int) -> Callable[[str], int]:
+    """Reads a whole number from ``smallest`` up that PyTorch's generators can take, for argparse."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < smallest:
             raise argparse.ArgumentTypeError(f"expected a whole number from {smallest} up, got {text!r}")
+        if int(text) > _LARGEST:
+            raise argparse.ArgumentTypeError(f"expected a whole number up to {_LARGEST}, got {text!r}")
         return int(text)
 
     return read

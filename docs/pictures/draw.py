@@ -158,7 +158,7 @@ def input_axes() -> Picture:
 
 def output_axes() -> Picture:
     """Step 3: where `out_axes` puts the new axis."""
-    p = Picture(720, 250, "out_axes=0 makes each sample's result a row, 1 a column; None keeps what does not vary once.")
+    p = Picture(720, 250, "out_axes=0 makes each result a row, 1 a column; None returns what does not vary once.")
     p.text(92, 24, "what fun returned", "head")
     for i in range(3):
         p.cells(40, 52 + 46 * i, [[i] * 4])

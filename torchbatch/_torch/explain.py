@@ -1,3 +1,256 @@
-"""stub"""
-def explain(error, shared): return None
-def uncompiled(fun): return fun
+"""What PyTorch says when a function cannot be run for all samples at once, said again in terms of the user's own line.
+
+The patterns are texts of torch 2.11, 2.13 and 2.15. Private names used: those of :mod:`torchbatch._torch.levels`; the
+attribute ``_torchdynamo_orig_callable`` and ``torch._dynamo.OptimizedModule._orig_mod`` of compiled functions.
+"""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import os
+import re
+import textwrap
+import traceback
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+from torchbatch.errors import (
+    DataDependentError,
+    EscapedValueError,
+    InPlaceError,
+    RandomnessError,
+    TorchbatchError,
+    UnsupportedOperationError,
+)
+
+
+class Rule(NamedTuple):
+    """A pattern in PyTorch's text, the class to raise instead, and what to say; ``{0}`` is the pattern's first group."""
+
+    pattern: re.Pattern[str]
+    error: type[TorchbatchError]
+    text: str
+
+
+def _rules(*rows: tuple[str, type[TorchbatchError], str]) -> list[Rule]:
+    return [Rule(re.compile(pattern, re.DOTALL), error, " ".join(text.split())) for pattern, error, text in rows]
+
+
+_SHAPE = "Fixed shapes work: torch.where(mask, x, fill) keeps every element, torch.topk or sorting picks a fixed number."
+
+RULES = _rules(
+    (
+        r"data-dependent control flow",
+        DataDependentError,
+        """Python needs one True or False here (an if, a while, an assert, and, or, in), but the value varies from sample to
+        sample. Compute both sides and choose with torch.where(condition, a, b).""",
+    ),
+    (
+        r"calling \.item\(\)",
+        DataDependentError,
+        """Python needs one number here (.item(), int(), float(), a format, a list index, a range, a size), but the value varies
+        from sample to sample. Keep it a tensor: index with x[i] or torch.gather, choose with torch.where; or pass it as an
+        unmapped argument.""",
+    ),
+    (
+        r"Cannot access (data pointer|storage) of",
+        DataDependentError,
+        """The memory of a per-sample tensor is asked for (.numpy(), .tolist(), NumPy functions, copy.deepcopy, pickle,
+        .data_ptr()), but it holds all samples at once. Use torch operations inside the function, and convert its result.""",
+    ),
+    (
+        r"boolean mask|masked_select|mask.*differently shaped",
+        DataDependentError,
+        "A boolean mask that varies from sample to sample selects a different number of elements for each. " + _SHAPE,
+    ),
+    (
+        r"dynamic shape.*?aten::(\w+)",
+        DataDependentError,
+        "The shape of what {0} returns depends on values that vary from sample to sample. " + _SHAPE,
+    ),
+    (
+        r"one_hot.*num_classes",
+        DataDependentError,
+        "one_hot has to look at the values to find the number of classes, which vary from sample to sample. Give num_classes.",
+    ),
+    (
+        r"torch\.allclose|aten::(equal|allclose)\b",
+        DataDependentError,
+        """Python needs one True or False from comparing per-sample tensors. Use (a == b).all() or torch.isclose(a, b).all(), which
+        stay tensors.""",
+    ),
+    (
+        r"random operation while in randomness error mode",
+        RandomnessError,
+        """A random operation runs inside vmap, which has to be told what it means: randomness="different" draws for each sample
+        anew, randomness="same" gives all samples one draw.""",
+    ),
+    (
+        r"atch norm.*running_(mean|var)",
+        InPlaceError,
+        """BatchNorm in training mode writes per-sample statistics into running averages that all samples share. Use
+        model.eval(), track_running_stats=False or a GroupNorm, or map the buffers too.""",
+    ),
+    (
+        r"backward\(\) called inside|requires_grad_\(\)",
+        UnsupportedOperationError,
+        "backward() and requires_grad_() do not work inside a mapped function. Use torchbatch.grad of a function of the tensor.",
+    ),
+    (
+        r"escaped from inside a function being vmapped|level > batched_level",
+        EscapedValueError,
+        "A per-sample value is used after the vmap that it belongs to has finished. Return it from the mapped function instead.",
+    ),
+    (
+        r"Batching rule not implemented for aten::(\w+)\.?\w*; the fallback path doesn't work on out=",
+        UnsupportedOperationError,
+        "{0} is called with out= on a per-sample tensor. Use its result instead: y.copy_(torch.{0}(…)) or y = torch.{0}(…).",
+    ),
+    (
+        r"Batching rule not implemented for ([\w:]+)",
+        UnsupportedOperationError,
+        "{0} can be run neither for all samples at once nor one by one. Express it by other operations.",
+    ),
+    (
+        r"autograd\.Function.*?(setup_context|vmap staticmethod|generate_vmap_rule)",
+        UnsupportedOperationError,
+        """A torch.autograd.Function inside vmap needs forward and setup_context apart, and generate_vmap_rule = True or a vmap
+        staticmethod of its own.""",
+    ),
+)
+_SHARED_WRITE = re.compile(r"vmap: inplace arithmetic")
+_BROADCAST_WRITE = re.compile(r"output with shape \[([\d, ]*)\] doesn't match the broadcast shape \[\d+(?:, )?([\d, ]*)\]")
+
+
+def explain(error: Exception, shared: Callable[[], Mapping[str, torch.Tensor]]) -> TorchbatchError | None:
+    """The error to raise instead of ``error``, or None if it is not about running for all samples at once.
+
+    Args:
+        error: what came out of the mapped function.
+        shared: gives the unmapped tensors of the call by name.
+    """
+    text = str(error)
+    where = _user_frame(error.__traceback__)
+    if _SHARED_WRITE.search(text) or _same_groups(_BROADCAST_WRITE.search(text)):
+        return InPlaceError(_shared_write(where, shared()) + _line(where))
+    for rule in RULES:
+        match = rule.pattern.search(text)
+        if match is not None and (type(error) in (RuntimeError, NotImplementedError, ValueError)):
+            return rule.error(rule.text.format(*match.groups()) + _line(where))
+    return None
+
+
+def _same_groups(match: re.Match[str] | None) -> bool:
+    return match is not None and match.group(1) == match.group(2)
+
+
+_LIBRARIES = tuple(os.path.dirname(os.path.dirname(path)) + os.sep for path in (os.path.abspath(__file__),)) + (
+    os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
+)
+
+
+class _Place(NamedTuple):
+    summary: traceback.FrameSummary
+    variables: Mapping[str, Any]
+
+
+def _user_frame(trace: TracebackType | None) -> _Place | None:
+    """The innermost frame that belongs neither to torchbatch nor to PyTorch."""
+    found = None
+    for (frame, _), summary in zip(traceback.walk_tb(trace), traceback.extract_tb(trace), strict=True):
+        if not os.path.abspath(summary.filename).startswith(_LIBRARIES):
+            found = _Place(summary, {**frame.f_globals, **frame.f_locals})
+    return found
+
+
+def _line(where: _Place | None) -> str:
+    if where is None:
+        return ""
+    summary = where.summary
+    return f"\n  in {summary.name}, {summary.filename}:{summary.lineno}\n    {summary.line or ''}".rstrip()
+
+
+def _shared_write(where: _Place | None, shared: Mapping[str, torch.Tensor]) -> str:
+    target = _written(where)
+    names = [name for name, tensor in shared.items() if target is not None and _same_memory(tensor, target[1])]
+    if names:
+        what = f"argument {names[0]}, which is unmapped (None in in_axes) and so shared by all samples"
+        fix = "Map it over an axis, write into a copy (.clone()), or return the value instead."
+    else:
+        name = f"{target[0]!r}, " if target is not None else ""
+        what = f"{name}a tensor from outside the mapped function, which all samples share"
+        fix = "Make the tensor inside the function (torch.zeros(…), .clone()), pass it as a mapped argument, or return the value."
+    return f"A per-sample value is written in place into {what}. {fix}"
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are one, or one is a view of the other."""
+    return a is b or getattr(b, "_base", None) is a or (a.layout is torch.strided and torch._C._is_alias_of(a, b))
+
+
+def _written(where: _Place | None) -> tuple[str, torch.Tensor] | None:
+    """The expression that the failing line writes to, and the tensor that it starts from."""
+    if where is None:
+        return None
+    for node in ast.walk(_parse(where.summary)):
+        target: ast.AST | None = None
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.endswith("_"):
+            target = node.func.value
+        elif isinstance(node, ast.AugAssign):
+            target = node.target
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
+            target = node.targets[0]
+        found = _lookup(target, where.variables) if target is not None else None
+        if target is not None and found is not None:
+            return ast.unparse(target), found
+    return None
+
+
+def _parse(summary: traceback.FrameSummary) -> ast.AST:
+    """The statement at a line of source; an empty module where it cannot be read alone."""
+    first = summary.lineno or 0
+    last = getattr(summary, "end_lineno", None) or first
+    source = textwrap.dedent("".join(linecache.getline(summary.filename, n) for n in range(first, last + 1)))
+    for text in (source, source.strip().removeprefix("return "), source.strip().rstrip(":") + ": pass"):
+        try:
+            return ast.parse(text)
+        except SyntaxError:
+            continue
+    return ast.Module(body=[], type_ignores=[])
+
+
+def _lookup(node: ast.AST, variables: Mapping[str, Any]) -> torch.Tensor | None:
+    """The tensor that an expression of names, attributes and keys with constant parts starts from."""
+    if isinstance(node, ast.Name):
+        value = variables.get(node.id)
+        return value if isinstance(value, torch.Tensor) else None
+    if isinstance(node, ast.Subscript):
+        inside = _lookup(node.value, variables)
+        return inside if inside is not None else _item(node, variables)
+    if isinstance(node, ast.Attribute):
+        owner = variables.get(node.value.id) if isinstance(node.value, ast.Name) else None
+        value = getattr(owner, node.attr, None)
+        return value if isinstance(value, torch.Tensor) else _lookup(node.value, variables)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return _lookup(node.func.value, variables)
+    return None
+
+
+def _item(node: ast.Subscript, variables: Mapping[str, Any]) -> torch.Tensor | None:
+    """``params['w']`` where ``params`` is a local container."""
+    owner = variables.get(node.value.id) if isinstance(node.value, ast.Name) else None
+    if not isinstance(owner, dict | list | tuple) or not isinstance(node.slice, ast.Constant):
+        return None
+    value = owner[node.slice.value]
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def uncompiled(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that ``torch.compile`` was given, for a compiled function; any other function as it is."""
+    if isinstance(fun, torch.nn.Module):
+        return getattr(fun, "_orig_mod", fun)
+    return getattr(fun, "_torchdynamo_orig_callable", fun)

@@ -26,6 +26,7 @@ unwrap_batched = _functorch._unwrap_batched
 is_wrapped = _functorch.is_functorch_wrapped_tensor
 is_batchedtensor = _functorch.is_batchedtensor
 maybe_get_level = _functorch.maybe_get_level
+get_unwrapped = _functorch.get_unwrapped
 
 traceable_level = traceable.vmap_increment_nesting
 traceable_add = traceable._add_batch_dim

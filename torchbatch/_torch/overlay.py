@@ -1,7 +1,65 @@
-"""Stub."""
+"""Operators that behave differently inside a mapped function, and only there.
+
+PyTorch's dispatcher asks a list of keys, highest first, for a kernel. One of its highest keys is unused and off unless a
+thread switches it on. A running ``vmap`` switches it on, so that the kernels registered here are asked before any transform
+sees the operator; every other operator falls through, and outside ``vmap`` nothing changes at all.
+
+Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._parse_dispatch_key``,
+``torch._C._dispatch_tls_set_dispatch_key_included``, ``_dispatch_tls_is_dispatch_key_included``,
+``_dispatch_tls_is_dispatch_key_excluded``, ``torch._C._len_torch_dispatch_stack``, and the key
+``TESTING_ONLY_GenericMode``, which PyTorch keeps free for its own tests.
+"""
+
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import torch
+
+_NAME = "TESTING_ONLY_GenericMode"
+KEY = torch._C._parse_dispatch_key(_NAME)
+_FRONT = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
 include = torch._C._dispatch_tls_set_dispatch_key_included
-KEY = torch._C._parse_dispatch_key("TESTING_ONLY_GenericMode")
-_library = torch.library.Library("_", "IMPL")
-_library.fallback(torch.library.fallthrough_kernel, "TESTING_ONLY_GenericMode")
+_is_included = torch._C._dispatch_tls_is_dispatch_key_included
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+
+_every_operator = torch.library.Library("_", "IMPL")
+_every_operator.fallback(torch.library.fallthrough_kernel, _NAME)
+_aten = torch.library.Library("aten", "IMPL")
+
+Operator = Callable[..., Any]
+
+
+def called_by_user() -> bool:
+    """Whether the operator that runs now was called by the mapped function, not by a transform at work on another one."""
+    return _is_included(_FRONT) and not _is_excluded(_FRONT)
+
+
+def is_traced() -> bool:
+    """Whether a dispatch mode (a tracer, fake tensors) watches the operators of this thread."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def call(operator: Operator, args: Any, kwargs: Any) -> Any:
+    """The operator without this overlay."""
+    include(KEY, False)
+    try:
+        return operator(*args, **kwargs)
+    finally:
+        include(KEY, True)
+
+
+def register(name: str, make: Callable[[Operator], Operator]) -> bool:
+    """Let ``make(operator)`` run in place of ``aten::name`` inside mapped functions; False if PyTorch has no such operator."""
+    packet, _, overload = name.partition(".")
+    operator = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
+    if operator is None:
+        return False
+    kernel = make(operator)
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        return kernel(*args, **kwargs) if called_by_user() else call(operator, args, kwargs)
+
+    _aten.impl(name, checked, _NAME)
+    return True

@@ -7,6 +7,6 @@
 
 from __future__ import annotations
 
-from torchbatch.demo.run import DemoError, Options, run
+from torchbatch.demo.main import DemoError, Options, run
 
 __all__ = ["DemoError", "Options", "run"]

@@ -65,10 +65,11 @@ def compare(model: nn.Module, digits: Digits, repetitions: int) -> Comparison:
 
 
 def errors(found: Params, expected: Params) -> tuple[float, float]:
-    """The largest difference, and the largest one relative to the longest gradient entry of its parameter."""
-    gaps = {name: (found[name] - expected[name]).abs().max().item() for name in expected}
-    scales = {name: expected[name].abs().max().item() for name in expected}
-    return max(gaps.values()), max(gap / scales[name] if gap else 0.0 for name, gap in gaps.items())
+    """The largest difference, and the largest one relative to the largest number in its parameter."""
+    gaps = torch.stack([(found[name] - expected[name]).abs().max() for name in expected])
+    scales = torch.stack([value.abs().max() for value in expected.values()])
+    relative = torch.where(gaps == 0, gaps, gaps / scales)
+    return gaps.max().item(), relative.max().item()
 
 
 def seconds(call: Callable[[Gradients], object], argument: Gradients) -> float:

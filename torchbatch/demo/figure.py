@@ -40,7 +40,7 @@ def draw_images(row: Any, findings: Findings, places: Tensor, title: str) -> Non
     """A row of images, each with what it is and what it was taken for."""
     row.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK)
     for axes, place in zip(row.subplots(1, SHOWN), places.tolist(), strict=True):
-        axes.imshow(findings.digits.images[place, 0], cmap="gray_r", vmin=0, vmax=1)
+        axes.imshow(findings.digits.images[place, 0].numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
         colour = RIGHT if findings.right[place] else WRONG
         for spine in axes.spines.values():

@@ -122,7 +122,7 @@ def print_classes(findings: Findings) -> None:
         mine = findings.digits.labels == digit
         norms = findings.norms[mine]
         if len(norms):
-            numbers = (f"{value:.4f}" for value in (norms.median(), norms.mean(), norms.max()))
+            numbers = (f"{norms.median():.1e}", f"{norms.mean():.3f}", f"{norms.max():.3f}")
             rows.append((str(digit), str(len(norms)), f"{findings.right[mine].float().mean():.1%}", *numbers))
     title = "Length of the gradient of each held-out image, by class"
     print_table(title, ("digit", "images", "accuracy", "median", "mean", "largest"), rows)

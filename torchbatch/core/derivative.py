@@ -1,0 +1,214 @@
+"""Pullbacks and pushforwards of a function of trees, on top of ``torch.func.vjp`` and ``torch.func.jvp``.
+
+PyTorch's functions want flat tensors that are all differentiable; JAX's take numbers, arrays, integers and None, and
+pair cotangents with tangents without a complex conjugate. What lies between the two is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from torchbatch.core import tree
+from torchbatch.core.argnums import alias, flatten
+from torchbatch.core.describe import describe
+from torchbatch.errors import GradientTypeError, GradientValueError, InPlaceError
+
+FLOAT0 = torch.bool  # the dtype of tangents and cotangents of integers: PyTorch has no empty dtype as JAX's float0
+
+_CAPTURED = "would mutate a captured Tensor"
+
+
+def is_inexact(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds floating-point or complex numbers."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def as_tensor(leaf: Any, name: Callable[[], str], like: torch.Tensor | None = None) -> torch.Tensor:
+    """A tensor from a tensor, a number, a NumPy array or anything with ``__array__``.
+
+    Args:
+        leaf: what may become a tensor.
+        name: what a message calls it.
+        like: numbers and NumPy arrays of the same kind take the dtype and device of this tensor.
+    """
+    if isinstance(leaf, torch.Tensor):
+        return leaf
+    try:
+        array = leaf if isinstance(leaf, bool | int | float | complex) else np.asarray(leaf)
+        made = torch.as_tensor(array)
+    except (TypeError, ValueError, RuntimeError):
+        raise GradientTypeError(
+            f"{name()} is {_quote(leaf)} of type {type(leaf).__name__}, where a tensor, a NumPy array or a number is "
+            f"needed. Pass such objects in arguments that are not differentiated, or bind them with functools.partial."
+        ) from None
+    if like is None:
+        return made
+    same_kind = made.is_floating_point() and is_inexact(like) or made.is_complex() and like.is_complex()
+    return made.to(device=like.device, dtype=like.dtype if same_kind else made.dtype)
+
+
+def _quote(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class Primals:
+    """The arguments to differentiate by: flat tensors, which of them are inexact, and the structure around them."""
+
+    __slots__ = ("active", "names", "structure", "tensors")
+
+    def __init__(self, values: Any, names: Callable[[], list[str]]) -> None:
+        leaves, self.structure = flatten(values)
+        self.names = names
+        self.tensors = [
+            leaf if isinstance(leaf, torch.Tensor) else as_tensor(leaf, lambda i=i: f"argument {names()[i]}")  # type: ignore[misc]
+            for i, leaf in enumerate(leaves)
+        ]
+        self.active = [i for i, tensor in enumerate(self.tensors) if is_inexact(tensor)]
+
+    def inputs(self, tensors: Sequence[torch.Tensor] | None = None) -> tuple[torch.Tensor, ...]:
+        """The inexact ones among ``tensors`` (default: the primals), never empty."""
+        tensors = self.tensors if tensors is None else tensors
+        return tuple(tensors[i] for i in self.active) or (torch.zeros(()),)
+
+    def rebuild(self, inputs: Sequence[torch.Tensor]) -> Any:
+        """The arguments with other values for the inexact tensors."""
+        if len(self.active) == len(self.tensors):
+            return self.structure.unflatten(inputs[: len(self.tensors)])
+        leaves = [alias(tensor) for tensor in self.tensors]
+        for i, value in zip(self.active, inputs, strict=False):
+            leaves[i] = value
+        return self.structure.unflatten(leaves)
+
+    def cotangents(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Cotangents in JAX's convention for all primals, from PyTorch's for the inexact ones."""
+        found = [value.conj_physical() if value.is_complex() else value for value in inputs[: len(self.active)]]
+        if len(self.active) == len(self.tensors):
+            return found
+        rest = iter(found)
+        return [next(rest) if is_inexact(p) else torch.zeros_like(p, dtype=FLOAT0) for p in self.tensors]
+
+
+class Aux:
+    """What a function returns beside its output: the tensors leave the transform, anything else is kept as it is."""
+
+    __slots__ = ("leaves", "structure")
+
+    def take(self, aux: Any) -> tuple[torch.Tensor, ...]:
+        """The tensors of ``aux``, inside the transform."""
+        self.leaves, self.structure = flatten(aux)
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor))
+
+    def give(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """``aux`` again, with its tensors as they are outside of the transform."""
+        rest = iter(tensors)
+        return self.structure.unflatten(
+            [next(rest) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        )
+
+
+class Outputs:
+    """What the function returned, taken apart inside the transform and put together outside of it."""
+
+    __slots__ = ("aux", "kinds", "structure", "transform")
+
+    def __init__(self, has_aux: bool, transform: str) -> None:
+        self.transform = transform
+        self.aux = Aux() if has_aux else None
+
+    def take(self, result: Any) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """The inexact outputs, never none, and all other tensors."""
+        aux_tensors: tuple[torch.Tensor, ...] = ()
+        if self.aux is not None:
+            result, aux = split_aux(result, self.transform)
+            aux_tensors = self.aux.take(aux)
+        leaves, self.structure = flatten(result)
+        tensors = [as_tensor(leaf, lambda i=i: self.name(result, i)) for i, leaf in enumerate(leaves)]  # type: ignore[misc]
+        self.kinds = [is_inexact(tensor) for tensor in tensors]
+        outputs = tuple(tensor for tensor in tensors if is_inexact(tensor)) or (torch.zeros(()),)
+        return outputs, (*(tensor for tensor in tensors if not is_inexact(tensor)), *aux_tensors)
+
+    def name(self, result: Any, index: int) -> str:
+        """What a message calls one leaf of the output."""
+        return f"{self.transform}: {tree.paths(result, 'output')[index]}"
+
+    def discrete(self, others: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The outputs that are not inexact."""
+        return others[: self.kinds.count(False)]
+
+    def give(self, outputs: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> tuple[Any, Any]:
+        """The output and the aux of the function, as trees."""
+        aux = None if self.aux is None else self.aux.give(others[self.kinds.count(False) :])
+        return self.merge(outputs, self.discrete(others)), aux
+
+    def merge(self, outputs: Sequence[torch.Tensor], discrete: Sequence[torch.Tensor]) -> Any:
+        """A tree of the output's structure."""
+        left, right = iter(outputs), iter(discrete)
+        return self.structure.unflatten([next(left) if inexact else next(right) for inexact in self.kinds])
+
+
+def split_aux(result: Any, transform: str) -> tuple[Any, Any]:
+    """The two parts of what a function returns under ``has_aux=True``."""
+    if isinstance(result, tuple | list) and len(result) == 2:
+        return result[0], result[1]
+    got = f"{type(result).__name__} of length {len(result)}" if isinstance(result, tuple | list) else describe(result)
+    raise GradientTypeError(f"{transform}: with has_aux=True the function must return a pair (output, aux), but it "
+                            f"returned a {got.removeprefix('a ')}.")
+
+
+class Pullback(NamedTuple):
+    """The result of :func:`reverse`: ``pull`` takes and gives flat inexact tensors in PyTorch's convention."""
+
+    outputs: Outputs
+    values: tuple[torch.Tensor, ...]
+    others: tuple[torch.Tensor, ...]
+    pull: Callable[..., tuple[torch.Tensor, ...]]
+
+
+def reverse(fun: Callable[..., Any], primals: Primals, has_aux: bool, transform: str) -> Pullback:
+    """Run ``fun`` at ``primals`` and keep what its pullback needs."""
+    outputs = Outputs(has_aux, transform)
+
+    def flat(*inputs: torch.Tensor) -> Any:
+        return outputs.take(fun(*primals.rebuild(inputs)))
+
+    values, pull, others = guarded(torch.func.vjp, transform, flat, *primals.inputs(), has_aux=True)
+    return Pullback(outputs, values, others, pull)
+
+
+def forward(
+    fun: Callable[..., Any], primals: Primals, tangents: Sequence[torch.Tensor], has_aux: bool, transform: str
+) -> tuple[Any, Any, Any]:
+    """The output, its tangent and the aux of ``fun`` at ``primals`` along ``tangents``."""
+    outputs = Outputs(has_aux, transform)
+
+    def flat(*inputs: torch.Tensor) -> Any:
+        return outputs.take(fun(*primals.rebuild(inputs)))
+
+    inputs = primals.inputs()
+    pushed = primals.inputs(tangents) if primals.active else (torch.zeros(()),)
+    values, out_tangents, others = guarded(torch.func.jvp, transform, flat, inputs, pushed, has_aux=True)
+    out, aux = outputs.give(values, others)
+    return out, outputs.merge(out_tangents, float0_like(outputs.discrete(others))), aux
+
+
+def float0_like(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The zeros that stand for tangents of integers."""
+    return [torch.zeros_like(tensor, dtype=FLOAT0) for tensor in tensors]
+
+
+def guarded(function: Callable[..., Any], transform: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a transform of PyTorch and put its complaint about a captured tensor in our words."""
+    try:
+        return function(*args, **kwargs)
+    except RuntimeError as error:
+        if _CAPTURED not in str(error):
+            raise
+        raise InPlaceError(
+            f"{transform}: the function writes in place into a tensor that it closes over. Pass that tensor as an "
+            f"argument (it may be one that is not differentiated), or compute a new value instead."
+        ) from error

@@ -1,0 +1,79 @@
+"""Which dtypes each gradient transform accepts, and what to say about those it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from torchbatch.core.derivative import Primals
+from torchbatch.errors import GradientTypeError
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def check_reverse_inputs(primals: Primals, transform: str, holomorphic: bool, allow_int: bool) -> None:
+    """Refuse integers unless ``allow_int``, and under ``holomorphic`` what is not complex."""
+    if not holomorphic and (allow_int or len(primals.active) == len(primals.tensors)):
+        return
+    for i, tensor in enumerate(primals.tensors):
+        if holomorphic and not tensor.is_complex():
+            raise GradientTypeError(_not_complex(f"argument {primals.names()[i]}", tensor, transform))
+        if i not in primals.active and not allow_int:
+            raise GradientTypeError(
+                f"{transform} differentiates by floating-point and complex arrays, but argument {primals.names()[i]} "
+                f"has dtype {_name(tensor)}. Convert it with .float(), leave it out of argnums, or pass "
+                f"allow_int=True to get zeros for it."
+            )
+
+
+def check_reverse_outputs(
+    outputs: Sequence[torch.Tensor], names: Sequence[str], transform: str, holomorphic: bool
+) -> None:
+    """Refuse outputs that are not real, or under ``holomorphic`` not complex."""
+    for output, name in zip(outputs, names, strict=True):
+        if holomorphic:
+            if not output.is_complex():
+                raise GradientTypeError(_not_complex(name, output, transform))
+        elif output.is_complex():
+            raise GradientTypeError(
+                f"{transform} needs a real output, but {name} has dtype {_name(output)}. Return a real number such as "
+                f"z.abs(), pass holomorphic=True if the function is holomorphic, or use vjp."
+            )
+        elif not output.is_floating_point():
+            raise GradientTypeError(
+                f"{transform} needs a floating-point output, but {name} has dtype {_name(output)}, which has no "
+                f"derivative. Convert it with .float() before it is computed with, or use vjp."
+            )
+
+
+def check_forward_inputs(primals: Primals, transform: str, holomorphic: bool) -> None:
+    """Refuse inputs that are not real, or under ``holomorphic`` not complex."""
+    for i, tensor in enumerate(primals.tensors):
+        if holomorphic:
+            if not tensor.is_complex():
+                raise GradientTypeError(_not_complex(f"argument {primals.names()[i]}", tensor, transform))
+        elif not tensor.is_floating_point():
+            raise GradientTypeError(
+                f"{transform} differentiates by floating-point arrays, but argument {primals.names()[i]} has dtype "
+                f"{_name(tensor)}. Convert it with .float(), leave it out of argnums, pass holomorphic=True for a "
+                f"holomorphic function of complex numbers, or use jvp."
+            )
+
+
+def check_forward_outputs(
+    outputs: Sequence[torch.Tensor], names: Sequence[str], transform: str, holomorphic: bool
+) -> None:
+    """Refuse, under ``holomorphic``, outputs that are not complex."""
+    for output, name in zip(outputs, names, strict=True):
+        if holomorphic and not output.is_complex():
+            raise GradientTypeError(_not_complex(name, output, transform))
+
+
+def _not_complex(name: str, tensor: torch.Tensor, transform: str) -> str:
+    return (
+        f"{transform} with holomorphic=True needs complex inputs and outputs, but {name} has dtype {_name(tensor)}. "
+        f"Convert it with .to(torch.complex64), or leave out holomorphic=True."
+    )
