@@ -188,7 +188,8 @@ def _aligned(tree: Any, treedef: TreeDef, other: Any, number: int, is_leaf: IsLe
     found, its_treedef = core.flatten(other, is_leaf)
     if its_treedef == treedef:
         return found
-    core.check_prefix(tree, other, what="the first tree of tree.map", root=f"tree {number}", is_leaf=is_leaf)
+    what, root = "the first tree of tree.map", f"tree {number}"
+    core.check_prefix(tree, other, what=what, root=root, is_leaf=is_leaf, leaf="one leaf")
     return treedef.flatten_up_to(other)
 
 

@@ -39,7 +39,8 @@ def test_the_opening_names_versions_machine_and_sizes(capsys):
     digits = data.load()
     report.print_opening(SmallCNN(), digits[:5], digits[5:8], torch.device("cpu"))
     text = capsys.readouterr().out
-    for part in ("torchbatch 0.", f"PyTorch {torch.__version__}", "CPU", "thread", "13,802", "5 handwritten", "3 held out"):
+    assert f"PyTorch {torch.__version__}" in text
+    for part in ("torchbatch 0.", "CPU", "thread", "13,802", "5 handwritten", "3 held out"):
         assert part in text
 
 
@@ -59,14 +60,14 @@ def test_the_findings_in_print(capsys, findings):
     printed = lines(capsys)
     assert "Test accuracy 91.7% (11 of 12)" in printed
     assert "0        2      50.0%   2.0e+00    7.000    12.000" in printed
-    assert "1   0       0           7              0.0%     12.000".split() in [line.split() for line in printed]
-    assert "10   9       9           9             91.0%      3.000".split() in [line.split() for line in printed]
+    assert ["1", "0", "0", "7", "0.0%", "12.000"] in [line.split() for line in printed]
+    assert ["10", "9", "9", "9", "91.0%", "3.000"] in [line.split() for line in printed]
     assert "0 taken for 7      1, hardly          2, hardly          3, hardly" in printed
 
 
 def test_a_digit_without_images_has_no_row(capsys, findings):
     few = report.Findings(findings.digits[:2], findings.probabilities[:2], findings.norms[:2])
-    report.print_findings(few)
+    report.print_classes(few)
     rows = [line.split() for line in lines(capsys)]
     assert [row[0] for row in rows if len(row) == 6 and row[2].endswith("%")] == ["0", "1"]
 
@@ -107,5 +108,6 @@ def test_the_picture_is_named_on_one_line(capsys, tmp_path):
 def test_the_comparison_in_print(capsys):
     report.print_comparison(Comparison(256, 1_000_000, 2e-6, 3e-7, 0.18, 0.012, 5), torch.device("cpu"))
     text = capsys.readouterr().out
-    for part in ("over 256 images", "1,000,000 numbers", "2.0e-06", "3.0e-07", "15 times faster", "loop 180 ms", "vmap 12 ms"):
+    for part in ("over 256 images", "1,000,000 numbers", "2.0e-06", "3.0e-07"):
         assert part in text
+    assert "15 times faster: 180 ms for the loop, 12 ms for vmap\n" in text

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from torchbatch.demo import data, training
-from torchbatch.demo.model import SmallCNN, loss_of, parameters, probabilities
 from torchbatch.demo.main import new_model
+from torchbatch.demo.model import loss_of, parameters, probabilities
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +74,16 @@ def test_steps_per_epoch(images, batch_size, steps):
 def test_training_takes_the_promised_steps_and_lowers_the_loss(digits):
     model = new_model(0)
     before = F.cross_entropy(model(digits.images), digits.labels)
-    steps = list(training.train(model, digits, epochs=6, batch_size=16, max_norm=1.0, generator=generator()))
-    assert [step.epoch for step in steps] == [epoch for epoch in range(6) for _ in range(3)]
+    steps = list(training.train(model, digits, epochs=15, batch_size=16, max_norm=1.0, generator=generator()))
+    assert [step.epoch for step in steps] == [epoch for epoch in range(15) for _ in range(3)]
     assert all(0 <= step.clipped <= 1 for step in steps)
     assert F.cross_entropy(model(digits.images), digits.labels) < before / 2
 
 
 def test_a_gradient_cut_to_nothing_teaches_nothing(digits):
-    """With a tiny bound no image can move the weights further than the optimiser's epsilon lets it."""
+    """Under a tiny bound the optimiser's epsilon is larger than any gradient."""
     model = new_model(0)
-    before = parameters(SmallCNN()) | {name: value.clone() for name, value in parameters(model).items()}
+    before = {name: value.clone() for name, value in parameters(model).items()}
     list(training.train(model, digits, epochs=1, batch_size=40, max_norm=1e-20, generator=generator()))
     for name, value in parameters(model).items():
         torch.testing.assert_close(value, before[name], atol=1e-9, rtol=0)

@@ -10,6 +10,7 @@ import ast
 import linecache
 import os
 import re
+import sysconfig
 import textwrap
 import traceback
 from collections.abc import Callable, Mapping
@@ -148,9 +149,9 @@ def _same_groups(match: re.Match[str] | None) -> bool:
     return match is not None and match.group(1) == match.group(2)
 
 
-_LIBRARIES = tuple(os.path.dirname(os.path.dirname(path)) + os.sep for path in (os.path.abspath(__file__),)) + (
-    os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
-)
+_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_LIBRARIES = (_OURS, os.path.dirname(os.path.abspath(torch.__file__)) + os.sep)
+_STANDARD = (sysconfig.get_paths()["stdlib"] + os.sep, sysconfig.get_paths()["purelib"] + os.sep)
 
 
 class _Place(NamedTuple):
@@ -159,19 +160,26 @@ class _Place(NamedTuple):
 
 
 def _user_frame(trace: TracebackType | None) -> _Place | None:
-    """The innermost frame that belongs neither to torchbatch nor to PyTorch."""
-    found = None
+    """The innermost frame of the user's own code, or else of a library that is neither torchbatch nor PyTorch."""
+    own, other = None, None
     for (frame, _), summary in zip(traceback.walk_tb(trace), traceback.extract_tb(trace), strict=True):
-        if not os.path.abspath(summary.filename).startswith(_LIBRARIES):
-            found = _Place(summary, {**frame.f_globals, **frame.f_locals})
-    return found
+        path = os.path.abspath(summary.filename)
+        if path.startswith(_LIBRARIES):
+            continue
+        place = _Place(summary, {**frame.f_globals, **frame.f_locals})
+        if path.startswith(_STANDARD):
+            other = place
+        else:
+            own = place
+    return own or other
 
 
 def _line(where: _Place | None) -> str:
     if where is None:
         return ""
     summary = where.summary
-    return f"\n  in {summary.name}, {summary.filename}:{summary.lineno}\n    {summary.line or ''}".rstrip()
+    source = textwrap.shorten(summary.line or "", 120, placeholder=" …")
+    return f"\n  in {summary.name}, {summary.filename}:{summary.lineno}\n    {source}".rstrip()
 
 
 def _shared_write(where: _Place | None, shared: Mapping[str, torch.Tensor]) -> str:
@@ -224,29 +232,29 @@ def _parse(summary: traceback.FrameSummary) -> ast.AST:
 
 
 def _lookup(node: ast.AST, variables: Mapping[str, Any]) -> torch.Tensor | None:
-    """The tensor that an expression of names, attributes and keys with constant parts starts from."""
-    if isinstance(node, ast.Name):
-        value = variables.get(node.id)
-        return value if isinstance(value, torch.Tensor) else None
-    if isinstance(node, ast.Subscript):
-        inside = _lookup(node.value, variables)
-        return inside if inside is not None else _item(node, variables)
-    if isinstance(node, ast.Attribute):
-        owner = variables.get(node.value.id) if isinstance(node.value, ast.Name) else None
-        value = getattr(owner, node.attr, None)
-        return value if isinstance(value, torch.Tensor) else _lookup(node.value, variables)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        return _lookup(node.func.value, variables)
-    return None
-
-
-def _item(node: ast.Subscript, variables: Mapping[str, Any]) -> torch.Tensor | None:
-    """``params['w']`` where ``params`` is a local container."""
-    owner = variables.get(node.value.id) if isinstance(node.value, ast.Name) else None
-    if not isinstance(owner, dict | list | tuple) or not isinstance(node.slice, ast.Constant):
-        return None
-    value = owner[node.slice.value]
+    """The tensor that an expression of names, attributes, keys and method calls starts from."""
+    value = _value(node, variables)
     return value if isinstance(value, torch.Tensor) else None
+
+
+def _value(node: ast.AST, variables: Mapping[str, Any]) -> Any:
+    """The value of such an expression, up to the first tensor in it; None where it cannot be told."""
+    if isinstance(node, ast.Name):
+        return variables.get(node.id)
+    if isinstance(node, ast.Call):
+        node = node.func
+    if not isinstance(node, ast.Attribute | ast.Subscript):
+        return None
+    owner = _value(node.value, variables)
+    if owner is None or isinstance(owner, torch.Tensor):
+        return owner
+    if isinstance(node, ast.Attribute):
+        return getattr(owner, node.attr, None)
+    key = node.slice.value if isinstance(node.slice, ast.Constant) else _value(node.slice, variables)
+    try:
+        return owner[key]
+    except (LookupError, TypeError):
+        return None
 
 
 def uncompiled(fun: Callable[..., Any]) -> Callable[..., Any]:

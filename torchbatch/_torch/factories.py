@@ -1,10 +1,21 @@
-"""What makes a tensor inside a mapped function makes a :class:`~torchbatch._torch.local.LocalTensor` there."""
+"""What makes a tensor inside a mapped function makes one that can be written with per-sample values.
+
+In eager mode that is a :class:`~torchbatch._torch.local.LocalTensor`, which gets its room when it is written to. A tracer
+follows tensors by identity, so while one is at work every new tensor gets its room at once: :class:`WithRoom` for Dynamo,
+:func:`_with_room` for everything that traces by a dispatch mode (``make_fx``, fake tensors).
+
+Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._functorch.TransformType``,
+``torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters``.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.overrides import TorchFunctionMode
 
 from torchbatch._torch import levels, local, overlay
 
@@ -24,11 +35,40 @@ FACTORIES = (
 def _local_result(operator: overlay.Operator) -> overlay.Operator:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         result = overlay.call(operator, args, kwargs)
-        if type(result) is torch.Tensor and not any(True for _ in levels.batch_levels(result)):
-            return result if overlay.is_traced() else local.adopt(result)
-        return result
+        if any(True for _ in levels.batch_levels(result)):
+            return result
+        return _with_room(result) if overlay.is_traced() else local.adopt(result)
 
     return kernel
 
 
 REGISTERED = [name for name in FACTORIES if overlay.register(name, _local_result)]
+
+
+def _with_room(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor with one value per sample of every open ``vmap``."""
+    for interpreter in retrieve_all_functorch_interpreters():
+        if interpreter.key() == TransformType.Vmap:
+            tensor = local.along(tensor, interpreter.level(), interpreter.batch_size())
+    return tensor
+
+
+WRITABLE = frozenset(
+    {
+        torch.clone, torch.empty, torch.empty_like, torch.full, torch.full_like, torch.ones, torch.ones_like, torch.tensor,
+        torch.zeros, torch.zeros_like, torch.Tensor.clone, torch.Tensor.new_empty, torch.Tensor.new_full,
+        torch.Tensor.new_ones, torch.Tensor.new_tensor, torch.Tensor.new_zeros,
+    }
+)  # fmt: skip
+
+
+class WithRoom(TorchFunctionMode):
+    """Gives the results of the functions in ``WRITABLE`` one value per sample; Dynamo can trace it."""
+
+    def __init__(self, samples: torch.Tensor) -> None:
+        super().__init__()
+        self.samples = samples
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return torch.where(self.samples, result, result) if func in WRITABLE else result

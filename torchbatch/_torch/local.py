@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch._C import _functorch
 
-from torchbatch._torch import levels
+from torchbatch._torch import levels, overlay
 from torchbatch.errors import InPlaceError
 
 _depth = _functorch.get_dynamic_layer_stack_depth
@@ -131,8 +131,8 @@ def _vary(root: LocalTensor, level: int, size: int) -> None:
 
 def along(tensor: torch.Tensor, level: int, size: int) -> torch.Tensor:
     """A copy of ``tensor`` with room for one value per sample of ``level``."""
-    samples = levels.innermost(torch.ones(size, dtype=torch.bool, device=tensor.device))
-    return torch.where(levels.add_batch_dim(samples, 0, level), tensor, tensor)
+    samples = overlay.call(torch.ones, (size,), {"dtype": torch.bool, "device": tensor.device})
+    return torch.where(levels.add_batch_dim(levels.innermost(samples), 0, level), tensor, tensor)
 
 
 def _replace(old: LocalTensor, body: torch.Tensor) -> None:

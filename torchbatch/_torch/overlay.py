@@ -43,11 +43,12 @@ def is_traced() -> bool:
 
 def call(operator: Operator, args: Any, kwargs: Any) -> Any:
     """The operator without this overlay."""
+    was = _is_included(KEY)
     include(KEY, False)
     try:
         return operator(*args, **kwargs)
     finally:
-        include(KEY, True)
+        include(KEY, was)
 
 
 def register(name: str, make: Callable[[Operator], Operator]) -> bool:

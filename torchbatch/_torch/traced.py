@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from torchbatch._torch import levels
+from torchbatch._torch import factories, levels
 from torchbatch.errors import AxisError, OutputTypeError, UnmappedOutputError
 
 Tree = Any
@@ -35,10 +35,12 @@ def call(
     if axes is None:
         raise AxisError(f"in_axes {in_axes!r} must be a tree prefix of the arguments of the mapped function.")
     size = _size(leaves, axes, size)
+    every = torch.ones(size, dtype=torch.bool)
     with levels.traceable_level(size, randomness) as level:
         batched = [_wrap(leaf, axis, level) for leaf, axis in zip(leaves, axes, strict=True)]
         positional, keywords = pytree.tree_unflatten(batched, spec)
-        output = fun(*positional, **keywords)
+        with factories.WithRoom(levels.traceable_add(every, 0, level)):
+            output = fun(*positional, **keywords)
         results, out_spec = pytree.tree_flatten(output)
         ends = pytree._broadcast_to_and_flatten(out_axes, out_spec)
         if ends is None:
@@ -81,7 +83,7 @@ def _take(leaf: Any, axis: int | None, level: int, size: int, sum_match: bool) -
     if leaf is None:
         return None
     if axis is None:
-        return _take_unmapped(leaf, level, size, sum_match)
+        return _take_unmapped(leaf, level, sum_match)
     if isinstance(leaf, bool | int | float | complex):
         leaf = torch.as_tensor(leaf)
     if not isinstance(leaf, torch.Tensor):
@@ -92,13 +94,12 @@ def _take(leaf: Any, axis: int | None, level: int, size: int, sum_match: bool) -
     return levels.traceable_remove(leaf, level, size, axis % rank)
 
 
-def _take_unmapped(leaf: Any, level: int, size: int, sum_match: bool) -> Any:
-    if not isinstance(leaf, torch.Tensor) or not _varies(leaf, level):
+def _take_unmapped(leaf: Any, level: int, sum_match: bool) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    inner, at = levels.unwrap_batched(leaf, level)
+    if at is None:
         return leaf
     if not sum_match:
         raise UnmappedOutputError("an output of the mapped function varies along the mapped axis, but its out_axes is None.")
-    return levels.traceable_remove(leaf, level, size, 0).sum(0, dtype=None if leaf.dtype is torch.bool else leaf.dtype)
-
-
-def _varies(leaf: torch.Tensor, level: int) -> bool:
-    return levels.is_batchedtensor(leaf) and levels.maybe_get_level(leaf) == level
+    return inner.sum(at, dtype=None if inner.dtype is torch.bool else inner.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import optree
@@ -14,6 +14,8 @@ from torchbatch.core import tree
 from torchbatch.errors import GradientTypeError, GradientValueError
 
 Argnums = int | tuple[int, ...]
+
+_is_compiling = torch.compiler.is_compiling
 
 
 def check_callable(fun: Any, transform: str) -> None:
@@ -50,6 +52,8 @@ def resolve(argnums: Argnums, count: int, transform: str, too_many: type[Excepti
         too_many: an entry is ``count`` or more.
         GradientValueError: an entry is less than ``-count``, or two mean the same argument.
     """
+    if isinstance(argnums, int) and 0 <= argnums < count:
+        return [argnums]
     entries = (argnums,) if isinstance(argnums, int) else argnums
     for entry in entries:
         if not -count <= entry < count:
@@ -79,17 +83,18 @@ class Split:
     def __init__(self, fun: Callable[..., Any], positions: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.fun = fun
         self.positions = positions
-        self.picked = [args[i] for i in positions]
+        self.picked = args
         self.others, self.structure = None, None
-        if kwargs or len(args) > len(positions):
+        if kwargs or len(args) > 1 or len(positions) > 1:
+            self.picked = tuple([args[i] for i in positions])
             rest = [arg for i, arg in enumerate(args) if i not in positions]
             self.others, self.structure = flatten((rest, kwargs))
 
     def __call__(self, *picked: Any) -> Any:
         """The function at other values of the picked arguments."""
         if self.others is None or self.structure is None:
-            return self.fun(*self._ordered(picked, ()))
-        rest, kwargs = self.structure.unflatten([alias(leaf) for leaf in self.others])
+            return self.fun(*picked)
+        rest, kwargs = unflatten(self.structure, [alias(leaf) for leaf in self.others])
         return self.fun(*self._ordered(picked, rest), **kwargs)
 
     def _ordered(self, picked: Sequence[Any], rest: Sequence[Any]) -> Sequence[Any]:
@@ -106,9 +111,14 @@ class Split:
 
 def flatten(value: Any) -> tuple[list[Any], tree.TreeDef]:
     """:func:`torchbatch.core.tree.flatten`, in a form that ``torch.compile`` can trace."""
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return optree.tree_flatten(value, namespace=tree.NAMESPACE)
     return tree.flatten(value)
+
+
+def unflatten(structure: tree.TreeDef, leaves: Iterable[Any]) -> Any:
+    """The inverse of :func:`flatten`."""
+    return structure.unflatten(leaves)
 
 
 def alias(leaf: Any) -> Any:

@@ -7,6 +7,7 @@ pair cotangents with tangents without a complex conjugate. What lies between the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +16,14 @@ import torch
 from torchbatch.core import tree
 from torchbatch.core.argnums import alias, flatten
 from torchbatch.core.describe import describe
-from torchbatch.errors import GradientTypeError, GradientValueError, InPlaceError
+from torchbatch.errors import GradientTypeError, InPlaceError
 
 FLOAT0 = torch.bool  # the dtype of tangents and cotangents of integers: PyTorch has no empty dtype as JAX's float0
 
+OUTPUT_HINT = "Return other things beside it: return (output, aux) and pass has_aux=True."
+TANGENT_HINT = "Give an array of the same shape and dtype as the value it belongs to."
+_INPUT_HINT = "Pass it in an argument that is not differentiated, or bind it with functools.partial."
+_TENSOR = object()
 _CAPTURED = "would mutate a captured Tensor"
 
 
@@ -27,12 +32,13 @@ def is_inexact(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def as_tensor(leaf: Any, name: Callable[[], str], like: torch.Tensor | None = None) -> torch.Tensor:
+def as_tensor(leaf: Any, name: Callable[[], str], hint: str, like: torch.Tensor | None = None) -> torch.Tensor:
     """A tensor from a tensor, a number, a NumPy array or anything with ``__array__``.
 
     Args:
         leaf: what may become a tensor.
         name: what a message calls it.
+        hint: what a message says to do.
         like: numbers and NumPy arrays of the same kind take the dtype and device of this tensor.
     """
     if isinstance(leaf, torch.Tensor):
@@ -43,11 +49,11 @@ def as_tensor(leaf: Any, name: Callable[[], str], like: torch.Tensor | None = No
     except (TypeError, ValueError, RuntimeError):
         raise GradientTypeError(
             f"{name()} is {_quote(leaf)} of type {type(leaf).__name__}, where a tensor, a NumPy array or a number is "
-            f"needed. Pass such objects in arguments that are not differentiated, or bind them with functools.partial."
+            f"needed. {hint}"
         ) from None
     if like is None:
         return made
-    same_kind = made.is_floating_point() and is_inexact(like) or made.is_complex() and like.is_complex()
+    same_kind = (made.is_floating_point() and is_inexact(like)) or (made.is_complex() and like.is_complex())
     return made.to(device=like.device, dtype=like.dtype if same_kind else made.dtype)
 
 
@@ -64,16 +70,21 @@ class Primals:
     def __init__(self, values: Any, names: Callable[[], list[str]]) -> None:
         leaves, self.structure = flatten(values)
         self.names = names
-        self.tensors = [
-            leaf if isinstance(leaf, torch.Tensor) else as_tensor(leaf, lambda i=i: f"argument {names()[i]}")  # type: ignore[misc]
-            for i, leaf in enumerate(leaves)
-        ]
-        self.active = [i for i, tensor in enumerate(self.tensors) if is_inexact(tensor)]
+        self.tensors: list[torch.Tensor] = leaves
+        self.active: Sequence[int] = range(len(leaves))
+        for leaf in leaves:
+            if not isinstance(leaf, torch.Tensor) or not is_inexact(leaf):
+                self.tensors = [as_tensor(leaf, partial(self._name, i), _INPUT_HINT) for i, leaf in enumerate(leaves)]
+                self.active = [i for i, tensor in enumerate(self.tensors) if is_inexact(tensor)]
+                break
+
+    def _name(self, index: int) -> str:
+        return f"argument {self.names()[index]}"
 
     def inputs(self, tensors: Sequence[torch.Tensor] | None = None) -> tuple[torch.Tensor, ...]:
         """The inexact ones among ``tensors`` (default: the primals), never empty."""
         tensors = self.tensors if tensors is None else tensors
-        return tuple(tensors[i] for i in self.active) or (torch.zeros(()),)
+        return tuple([tensors[i] for i in self.active]) or (torch.zeros(()),)
 
     def rebuild(self, inputs: Sequence[torch.Tensor]) -> Any:
         """The arguments with other values for the inexact tensors."""
@@ -100,15 +111,14 @@ class Aux:
 
     def take(self, aux: Any) -> tuple[torch.Tensor, ...]:
         """The tensors of ``aux``, inside the transform."""
-        self.leaves, self.structure = flatten(aux)
-        return tuple(leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor))
+        leaves, self.structure = flatten(aux)
+        self.leaves = [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
 
     def give(self, tensors: Sequence[torch.Tensor]) -> Any:
         """``aux`` again, with its tensors as they are outside of the transform."""
         rest = iter(tensors)
-        return self.structure.unflatten(
-            [next(rest) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
-        )
+        return self.structure.unflatten([next(rest) if leaf is _TENSOR else leaf for leaf in self.leaves])
 
 
 class Outputs:
@@ -127,14 +137,17 @@ class Outputs:
             result, aux = split_aux(result, self.transform)
             aux_tensors = self.aux.take(aux)
         leaves, self.structure = flatten(result)
-        tensors = [as_tensor(leaf, lambda i=i: self.name(result, i)) for i, leaf in enumerate(leaves)]  # type: ignore[misc]
+        tensors = [as_tensor(leaf, partial(self._name, i), OUTPUT_HINT) for i, leaf in enumerate(leaves)]
         self.kinds = [is_inexact(tensor) for tensor in tensors]
         outputs = tuple(tensor for tensor in tensors if is_inexact(tensor)) or (torch.zeros(()),)
         return outputs, (*(tensor for tensor in tensors if not is_inexact(tensor)), *aux_tensors)
 
-    def name(self, result: Any, index: int) -> str:
-        """What a message calls one leaf of the output."""
-        return f"{self.transform}: {tree.paths(result, 'output')[index]}"
+    def names(self) -> list[str]:
+        """What messages call each leaf of the output."""
+        return tree.paths(self.structure.unflatten([0] * self.structure.num_leaves), "output")
+
+    def _name(self, index: int) -> str:
+        return f"{self.transform}: {self.names()[index]}"
 
     def discrete(self, others: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """The outputs that are not inexact."""
@@ -147,8 +160,12 @@ class Outputs:
 
     def merge(self, outputs: Sequence[torch.Tensor], discrete: Sequence[torch.Tensor]) -> Any:
         """A tree of the output's structure."""
+        return self.structure.unflatten(self.merge_flat(outputs, discrete))
+
+    def merge_flat(self, outputs: Sequence[torch.Tensor], discrete: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All leaves of the output, in order."""
         left, right = iter(outputs), iter(discrete)
-        return self.structure.unflatten([next(left) if inexact else next(right) for inexact in self.kinds])
+        return [next(left) if inexact else next(right) for inexact in self.kinds]
 
 
 def split_aux(result: Any, transform: str) -> tuple[Any, Any]:
@@ -185,15 +202,26 @@ def forward(
 ) -> tuple[Any, Any, Any]:
     """The output, its tangent and the aux of ``fun`` at ``primals`` along ``tangents``."""
     outputs = Outputs(has_aux, transform)
+    values, out_tangents, others = push(fun, primals, outputs, primals.inputs(tangents))
+    out, aux = outputs.give(values, others)
+    return out, outputs.merge(out_tangents, float0_like(outputs.discrete(others))), aux
+
+
+def push(
+    fun: Callable[..., Any], primals: Primals, outputs: Outputs, tangents: tuple[torch.Tensor, ...]
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """The flat inexact outputs, their tangents, and all other tensors that ``fun`` returns."""
 
     def flat(*inputs: torch.Tensor) -> Any:
         return outputs.take(fun(*primals.rebuild(inputs)))
 
-    inputs = primals.inputs()
-    pushed = primals.inputs(tangents) if primals.active else (torch.zeros(()),)
-    values, out_tangents, others = guarded(torch.func.jvp, transform, flat, inputs, pushed, has_aux=True)
-    out, aux = outputs.give(values, others)
-    return out, outputs.merge(out_tangents, float0_like(outputs.discrete(others))), aux
+    found = guarded(torch.func.jvp, outputs.transform, flat, primals.inputs(), tangents, has_aux=True)
+    return found  # type: ignore[no-any-return]
+
+
+def vectorize(function: Callable[..., Any], out_dims: Any = 0) -> Callable[..., Any]:
+    """``function`` over axis 0 of its flat tensors; a random draw in it is the same for every row."""
+    return torch.func.vmap(function, out_dims=out_dims, randomness="same")
 
 
 def float0_like(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

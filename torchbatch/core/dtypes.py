@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from torchbatch.core.derivative import Primals
+from torchbatch.core.derivative import Primals, is_inexact
 from torchbatch.errors import GradientTypeError
 
 
@@ -43,10 +43,7 @@ def check_reverse_outputs(
                 f"z.abs(), pass holomorphic=True if the function is holomorphic, or use vjp."
             )
         elif not output.is_floating_point():
-            raise GradientTypeError(
-                f"{transform} needs a floating-point output, but {name} has dtype {_name(output)}, which has no "
-                f"derivative. Convert it with .float() before it is computed with, or use vjp."
-            )
+            raise GradientTypeError(_no_derivative(name, output, transform, "vjp"))
 
 
 def check_forward_inputs(primals: Primals, transform: str, holomorphic: bool) -> None:
@@ -66,10 +63,19 @@ def check_forward_inputs(primals: Primals, transform: str, holomorphic: bool) ->
 def check_forward_outputs(
     outputs: Sequence[torch.Tensor], names: Sequence[str], transform: str, holomorphic: bool
 ) -> None:
-    """Refuse, under ``holomorphic``, outputs that are not complex."""
+    """Refuse integers, and under ``holomorphic`` what is not complex."""
     for output, name in zip(outputs, names, strict=True):
         if holomorphic and not output.is_complex():
             raise GradientTypeError(_not_complex(name, output, transform))
+        if not is_inexact(output):
+            raise GradientTypeError(_no_derivative(name, output, transform, "jvp"))
+
+
+def _no_derivative(name: str, output: torch.Tensor, transform: str, instead: str) -> str:
+    return (
+        f"{transform} needs floating-point outputs, but {name} has dtype {_name(output)}, which has no derivative. "
+        f"Compute it in floating point, return it as aux with has_aux=True, or use {instead}."
+    )
 
 
 def _not_complex(name: str, tensor: torch.Tensor, transform: str) -> str:

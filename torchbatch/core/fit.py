@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from torchbatch.core import tree
 from torchbatch.core.argnums import flatten
-from torchbatch.core.derivative import FLOAT0, Outputs, Primals, as_tensor, is_inexact
+from torchbatch.core.derivative import FLOAT0, TANGENT_HINT, Outputs, Primals, as_tensor, is_inexact
 from torchbatch.core.describe import describe
 from torchbatch.errors import GradientTypeError, GradientValueError
 
@@ -28,17 +29,29 @@ def check_tangents(primals: Primals, tangents: Any, transform: str, mismatch: ty
             f"{transform}: the tangents must have the structure of the primals, but "
             f"{tree_difference(primals.structure.unflatten(primals.tensors), tangents, 'primals', 'tangents')}."
         )
-    paths = lambda i: f"{transform}: {tree.paths(tangents, 'tangents')[i]}"  # noqa: E731
-    found = []
-    for i, (leaf, primal) in enumerate(zip(leaves, primals.tensors, strict=True)):
-        tangent = as_tensor(leaf, lambda i=i: paths(i), primal)  # type: ignore[misc]
-        wanted = primal.dtype if is_inexact(primal) else FLOAT0
-        if tangent.dtype != wanted or tangent.shape != primal.shape:
-            error = mismatch if tangent.dtype != wanted else GradientValueError
-            raise error(f"{paths(i)} is {describe(tangent)}, but argument {primals.names()[i]} is {describe(primal)}, "
-                        f"whose tangents are {_describe_as(primal, wanted)}.{_float0_hint(wanted)}")
-        found.append(tangent)
-    return found
+    return [
+        _check_tangent(leaf, primals, i, partial(_leaf_name, transform, "tangents", tangents, i), mismatch)
+        for i, leaf in enumerate(leaves)
+    ]
+
+
+def _leaf_name(transform: str, root: str, value: Any, index: int) -> str:
+    return f"{transform}: {tree.paths(value, root)[index]}"
+
+
+def _check_tangent(
+    leaf: Any, primals: Primals, index: int, name: Callable[[], str], mismatch: type[Exception]
+) -> torch.Tensor:
+    primal = primals.tensors[index]
+    tangent = as_tensor(leaf, name, TANGENT_HINT, primal)
+    wanted = primal.dtype if is_inexact(primal) else FLOAT0
+    if tangent.dtype != wanted or tangent.shape != primal.shape:
+        error = mismatch if tangent.dtype != wanted else GradientValueError
+        raise error(
+            f"{name()} is {describe(tangent)}, but argument {primals.names()[index]} is {describe(primal)}, whose "
+            f"tangents are {_describe_as(primal, wanted)}.{_float0_hint(wanted)}"
+        )
+    return tangent
 
 
 def check_cotangents(outputs: Outputs, examples: Sequence[torch.Tensor], cotangents: Any) -> tuple[torch.Tensor, ...]:
@@ -55,18 +68,19 @@ def check_cotangents(outputs: Outputs, examples: Sequence[torch.Tensor], cotange
             f"{tree_difference(example, cotangents, 'output', 'cotangents')}."
         )
     rest = iter(examples)
-    found = []
-    for i, (leaf, inexact) in enumerate(zip(leaves, outputs.kinds, strict=True)):
-        if inexact:
-            found.append(_check_cotangent(leaf, next(rest), lambda i=i: tree.paths(cotangents, "cotangents")[i]))  # type: ignore[misc]
+    found = [
+        _check_cotangent(leaf, next(rest), partial(_leaf_name, "vjp", "cotangents", cotangents, i))
+        for i, (leaf, inexact) in enumerate(zip(leaves, outputs.kinds, strict=True))
+        if inexact
+    ]
     return tuple(found) or tuple(torch.zeros_like(example) for example in examples)
 
 
 def _check_cotangent(leaf: Any, example: torch.Tensor, name: Callable[[], str]) -> torch.Tensor:
-    cotangent = as_tensor(leaf, lambda: f"vjp: {name()}", example)
+    cotangent = as_tensor(leaf, name, TANGENT_HINT, example)
     if cotangent.dtype != example.dtype or cotangent.shape != example.shape:
         raise GradientValueError(
-            f"vjp: {name()} is {describe(cotangent)}, but the output there is {describe(example)}. A cotangent has the "
+            f"{name()} is {describe(cotangent)}, but the output there is {describe(example)}. A cotangent has the "
             f"shape and dtype of its output."
         )
     return cotangent.conj_physical() if cotangent.is_complex() else cotangent
@@ -90,4 +104,5 @@ def tree_difference(wanted: Any, given: Any, wanted_name: str, given_name: str) 
     if missing or extra:
         lacking, name = (missing, wanted_name) if missing else (extra, given_name)
         return f"{name}{lacking} has no counterpart in the {given_name if missing else wanted_name}"
-    return f"the {wanted_name} are {tree.flatten(wanted)[1]} and the {given_name} {tree.flatten(given)[1]}"
+    structures = [str(tree.flatten(value)[1]).removeprefix("PyTreeSpec(").partition(", namespace")[0] for value in (wanted, given)]
+    return f"the {wanted_name} has {structures[0]} and the {given_name} has {structures[1]}"

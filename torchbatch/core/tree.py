@@ -126,7 +126,15 @@ def flatten_up_to(prefix: Any, tree: Any, *, what: str, root: str) -> list[Any]:
     return flatten(prefix)[1].flatten_up_to(tree)
 
 
-def check_prefix(prefix: Any, tree: Any, *, what: str, root: str, is_leaf: Callable[[Any], bool] | None = None) -> None:
+def check_prefix(
+    prefix: Any,
+    tree: Any,
+    *,
+    what: str,
+    root: str,
+    is_leaf: Callable[[Any], bool] | None = None,
+    leaf: str = "one int or None",
+) -> None:
     """Raise an AxisError where ``prefix`` is not a prefix of ``tree``.
 
     As in JAX, node types are equal or not: a dict is no prefix of an OrderedDict, whose keys have an order, and
@@ -135,7 +143,7 @@ def check_prefix(prefix: Any, tree: Any, *, what: str, root: str, is_leaf: Calla
     flatten(None)
     found = _first_mismatch(prefix, tree, is_leaf)
     if found is not None:
-        raise AxisError(_mismatch_text(*found, what=what, root=root))
+        raise AxisError(_mismatch_text(*found, what=what, root=root, leaf=leaf))
 
 
 def prefix_mismatch(prefix: Any, tree: Any, *, what: str, root: str) -> str:
@@ -144,13 +152,15 @@ def prefix_mismatch(prefix: Any, tree: Any, *, what: str, root: str) -> str:
     return _mismatch_text(*found, what=what, root=root)
 
 
-def _mismatch_text(where: str, of_prefix: Any, of_tree: Any, *, what: str, root: str) -> str:
+def _mismatch_text(
+    where: str, of_prefix: Any, of_tree: Any, *, what: str, root: str, leaf: str = "one int or None"
+) -> str:
     mine, theirs = _describe(of_prefix), _describe(of_tree)
     if mine == theirs:
         mine, theirs = mine + _metadata(of_prefix), theirs + _metadata(of_tree)
     return (
         f"{what} must be a tree prefix of {root}: at {root}{where} it has {mine}, but the value there is {theirs}. "
-        "Give the same structure, or one leaf for the whole subtree."
+        f"Give the same structure, or {leaf} for the whole subtree."
     )
 
 
@@ -196,22 +206,24 @@ def _step(tree: Any, index: int) -> str:
 
 
 def _describe(tree: Any) -> str:
+    name = type(tree).__name__
+    article = "an" if name[0] in "AEIOUaeiou" else "a"
     if isinstance(tree, dict):
-        return f"a {type(tree).__name__} with keys {list(tree)}"
+        return f"{article} {name} with keys {list(tree)}"
     if tree is None:
         return "None (an empty tree)"
     if optree.tree_is_leaf(tree, namespace=NAMESPACE):
-        return f"a leaf of type {type(tree).__name__}"
+        return f"a leaf of type {name}"
     if type(tree) in (tuple, list):
-        return f"a {type(tree).__name__} of length {len(tree)}"
-    count = len(optree.tree_flatten_one_level(tree, namespace=NAMESPACE)[0])
-    return f"a {type(tree).__name__} with {count} child{'' if count == 1 else 'ren'}"
+        return f"a {name} of length {len(tree)}"
+    count = len(_one_level(tree)[0])
+    return f"{article} {name} with {count} child{'' if count == 1 else 'ren'}"
 
 
 def _metadata(tree: Any) -> str:
     if optree.tree_is_leaf(tree, namespace=NAMESPACE) or tree is None:
         return ""
-    return f" and metadata {optree.tree_flatten_one_level(tree, namespace=NAMESPACE)[1]!r:.120}"
+    return f" and metadata {_one_level(tree)[1]!r:.120}"
 
 
 def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:

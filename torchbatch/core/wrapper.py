@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
+
+from torchbatch.core.describe import function_name
 
 
 class Wrapper:
     """A callable around ``fun`` with its name, docstring, signature and ``__wrapped__``.
 
     A subclass says in ``options`` what it was made with: ``type(self)(fun, *options)`` must make an equal wrapper.
-    It pickles where ``fun`` does, and works as a method where it decorates one.
+    It pickles where ``fun`` does (by name, where it took the place of ``fun``), and binds as a method where it decorates
+    one.
     """
 
     __wrapped__: Callable[..., Any]
     options: tuple[Any, ...]
 
     def __init__(self, fun: Callable[..., Any], *options: Any) -> None:
-        functools.update_wrapper(self, fun)
+        functools.update_wrapper(self, fun, updated=())
         self.options = options
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.__wrapped__, *self.options)
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        name = getattr(self, "__qualname__", "")
+        found: Any = sys.modules.get(self.__module__)
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        return name if found is self else (type(self), (self.__wrapped__, *self.options))
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__.lower()} of {self.__wrapped__!r}>"
+        return f"<{type(self).__name__.lower()} of {function_name(self.__wrapped__)}>"

@@ -29,7 +29,7 @@ def picture(findings: Findings) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.2), layout="constrained")
-    rows = figure.subfigures(3, 1, height_ratios=(1, 1, 1.75))
+    rows: Any = figure.subfigures(3, 1, height_ratios=(1, 1, 1.75))
     draw_images(rows[0], findings, findings.hardest(SHOWN), "Hardest: the longest gradients")
     draw_images(rows[1], findings, findings.easiest(SHOWN), "Easiest: the shortest gradients")
     draw_histogram(rows[2].subplots(), findings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +71,8 @@ def print_opening(model: nn.Module, digits: Digits, held_out: Digits, device: to
     size = sum(parameter.numel() for parameter in model.parameters())
     out = console()
     out.print(f"[bold]torchbatch {tb.__version__}[/bold], PyTorch {torch.__version__}, {machine(device)}")
-    out.print(f"A CNN of {size:,} parameters; {len(digits):,} handwritten digits to train on, {len(held_out)} held out.\n")
+    out.print(f"A CNN of {size:,} parameters; {len(digits):,} handwritten digits to train on, {len(held_out)} held out")
+    out.print()
 
 
 def machine(device: torch.device) -> str:
@@ -141,7 +142,7 @@ def print_hardest(findings: Findings) -> None:
     print_table(title, ("rank", "image", "label", "taken for", "chance of label", "gradient"), rows)
 
 
-def print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def print_table(title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """A table of numbers, aligned to the right."""
     from rich import box
     from rich.table import Table
@@ -187,8 +188,10 @@ def print_comparison(comparison: Comparison, device: torch.device) -> None:
     """Say how far apart vmap and the loop are, and how much faster vmap was."""
     out = console()
     out.print(f"\n[bold]vmap(grad(loss)) next to a Python loop of autograd over {comparison.images} images[/bold]")
-    out.print(f"  same gradients: {comparison.numbers:,} numbers, largest difference {comparison.max_absolute_error:.1e}")
-    out.print(f"                  ({comparison.max_relative_error:.1e} of the largest number in its parameter)")
+    absolute, relative = comparison.max_absolute_error, comparison.max_relative_error
+    out.print(f"  The same gradients: of {comparison.numbers:,} numbers, the largest difference is {absolute:.1e}")
+    out.print(f"  ({relative:.1e} of the largest number in its parameter)")
     loop, vmap = comparison.loop_seconds * 1e3, comparison.vmap_seconds * 1e3
-    out.print(f"  [bold green]{comparison.speedup:.0f} times faster[/bold green]: loop {loop:.0f} ms, vmap {vmap:.0f} ms,")
-    out.print(f"                  medians of {comparison.repetitions} runs in turn, {machine(device)}")
+    faster = f"[bold green]{comparison.speedup:.0f} times faster[/bold green]"
+    out.print(f"  {faster}: {loop:.0f} ms for the loop, {vmap:.0f} ms for vmap")
+    out.print(f"  (medians of {comparison.repetitions} runs in turn; {machine(device)})")

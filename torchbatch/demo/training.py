@@ -32,7 +32,7 @@ def norms(gradients: Params) -> Tensor:
 
 
 def clipped_mean(gradients: Params, max_norm: float) -> tuple[Params, Tensor]:
-    """The mean of the gradients, none longer than ``max_norm``, and the lengths they had: ``{[n, ...]} -> {[...]}, [n]``."""
+    """The mean of the gradients, each cut to ``max_norm``, and their lengths before: ``{[n, ...]} -> {[...]}, [n]``."""
     lengths = norms(gradients)
     weights = (max_norm / lengths.clamp_min(max_norm)) / len(lengths)
     return {name: torch.tensordot(weights, gradient, dims=1) for name, gradient in gradients.items()}, lengths
@@ -53,7 +53,7 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for epoch in range(epochs):
         order = torch.randperm(len(digits), generator=generator).to(digits.labels.device)
-        for index in order.split(batch_size):
+        for index in torch.split(order, batch_size):
             batch = digits[index]
             gradients = gradients_of(parameters(model), batch.images, batch.labels)
             mean, lengths = clipped_mean(gradients, max_norm)
@@ -68,5 +68,5 @@ def gradient_norms(model: nn.Module, digits: Digits, batch_size: int = 256) -> T
     """How long the gradient of every image is: a measure of how hard the network finds it."""
     gradients_of = per_example_gradients(loss_of(model))
     params = parameters(model)
-    pieces = zip(digits.images.split(batch_size), digits.labels.split(batch_size), strict=True)
+    pieces = zip(torch.split(digits.images, batch_size), torch.split(digits.labels, batch_size), strict=True)
     return torch.cat([norms(gradients_of(params, images, labels)) for images, labels in pieces])

@@ -6,10 +6,11 @@ meant to be read.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,8 +43,8 @@ def loop(
 ) -> Callable[..., Any]:
     """Call a function once per sample and stack what it returns: the meaning of ``vmap``, without its speed.
 
-    Shapes, arguments and exceptions are those of :func:`torchbatch.vmap`: ``fun : [a] -> [b]`` gives ``[n, a] -> [n, b]``.
-    What a loop can only find out from values:
+    Arguments and exceptions are those of :func:`torchbatch.vmap`. Shapes: ``fun : [a] -> [b]`` becomes
+    ``loop(fun) : [n, a] -> [n, b]``. What a loop can only find out from values:
 
     - An output *varies* if its values differ between samples. For a batch of one or none, and where ``out_axes`` has a
       None, ``fun`` is therefore called once more, on other numbers.
@@ -83,12 +84,12 @@ def loop(
     def looped(*args: Any, **kwargs: Any) -> Any:
         arguments = _cover_arguments(fun, in_spec, args, kwargs)
         size = _batch_size(arguments, axis_size)
-        call = _Call(fun, arguments, len(args), kwargs)
-        outputs = call.run(size, randomness)
-        extra = [] if size else [call.run_aside(_zeros, randomness)]
+        call = _Call(fun, arguments, len(args), kwargs, randomness)
+        outputs = call.run(size)
+        aside = [] if size else [_zeros]
         if size < 2 and _has_none(out_spec):
-            extra.append(call.run_aside(_other_numbers, randomness))
-        return _joined(outputs, extra, out_spec, bool(sum_match))
+            aside.append(_other_numbers)
+        return _joined(outputs, call.run_aside(aside) if aside else [], out_spec, bool(sum_match))
 
     return looped
 
@@ -172,7 +173,7 @@ def _open(tree: Any) -> _Node | None:
     if kind in (dict, OrderedDict, defaultdict):
         return _open_dict(tree)
     if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-        return _Node(kind, [f".{name}" for name in kind._fields], list(tree), kind._make)
+        return _Node(kind, [f".{name}" for name in kind._fields], list(tree), kind._make)  # type: ignore[attr-defined]
     return _open_registered(tree)
 
 
@@ -224,12 +225,17 @@ def _cover(spec: Any, tree: Any, where: str, what: str) -> list[_Piece]:
     mine, theirs = _open(spec), _open(tree)
     if mine is None or theirs is None or mine.make != theirs.make:
         raise AxisError(
-            f"{what} must be a tree prefix of what it is for: at {where or 'the top'} it has {spec!r}, but the value there "
-            f"is of type {type(tree).__name__} with {0 if theirs is None else len(theirs.children)} children of its own, "
-            "or another structure."
+            f"{what} must be a tree prefix of what it is for: at {where or 'the top'} it has {_about(spec)}, but the "
+            f"value there is {_about(tree)}."
         )
     rows = zip(mine.children, theirs.children, theirs.steps, strict=True)
     return [piece for child, value, step in rows for piece in _cover(child, value, where + step, what)]
+
+
+def _about(tree: Any) -> str:
+    node = _open(tree)
+    name = type(tree).__name__
+    return f"a leaf of type {name}" if node is None else f"a {name} with {', '.join(node.steps) or 'nothing in it'}"
 
 
 def _with_pieces(spec: Any, tree: Any, values: Iterator[Any]) -> Any:
@@ -296,8 +302,8 @@ def _mapped(leaf: _Leaf, axis: int) -> Any:
         tensor = _as_tensor(np.asarray(leaf.value))
     if tensor is None:
         raise InputTypeError(
-            f"argument {leaf.where} is mapped over axis {axis}, but {leaf.value!r} of type {type(leaf.value).__name__} is "
-            "not an array. Give None for it in in_axes if it is for all samples."
+            f"argument {leaf.where} is mapped over axis {axis}, but {leaf.value!r} of type {type(leaf.value).__name__} "
+            "is not an array. Give None for it in in_axes if it is for all samples."
         )
     if not -tensor.ndim <= axis < tensor.ndim:
         raise AxisError(
@@ -343,16 +349,23 @@ def _batch_size(arguments: list[_Argument], given: int | None) -> int:
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
+Take = Callable[[torch.Tensor, int], torch.Tensor]
+
+
 class _Call:
     """One call of the looped function."""
 
-    def __init__(self, fun: Any, arguments: list[_Argument], count: int, keywords: Iterable[str]) -> None:
+    def __init__(
+        self, fun: Any, arguments: list[_Argument], count: int, keywords: Iterable[str], randomness: str
+    ) -> None:
         self.fun = fun
+        self.randomness = randomness
+        self.start = _generators()
         self.arguments = arguments
         self.count = count
         self.keywords = list(keywords)
 
-    def sample(self, take: Callable[[torch.Tensor, int], torch.Tensor]) -> Any:
+    def sample(self, take: Take) -> Any:
         """Call the function with ``take(tensor, axis)`` in the place of each mapped tensor."""
 
         def taken(piece: _Piece) -> Any:
@@ -366,31 +379,41 @@ class _Call:
         values = [argument.rebuilt(taken) for argument in self.arguments]
         return self.fun(*values[: self.count], **dict(zip(self.keywords, values[self.count :], strict=True)))
 
-    def run(self, size: int, randomness: str) -> list[Any]:
+    def run(self, size: int) -> list[Any]:
         """The outputs of all samples."""
-        draws, shared = _Draws(randomness), _Shared(self.arguments)
+        shared = _Shared(self.arguments)
         outputs = []
-        try:
+        with shared.restored():
             for i in range(size):
-                draws.before()
-                outputs.append(self.sample(lambda tensor, axis, i=i: tensor.select(axis, i)))  # type: ignore[misc]
-                draws.after()
+                outputs.append(self._drawing(_sample_number(i)))
                 shared.after_sample()
-        finally:
-            shared.restore()
         shared.keep_common_writes()
         return outputs
 
-    def run_aside(self, take: Callable[[torch.Tensor, int], torch.Tensor], randomness: str) -> Any:
-        """The output for a sample that is not in the batch; generators and shared tensors stay as they were."""
-        draws, shared = _Draws(randomness), _Shared(self.arguments)
+    def run_aside(self, takes: Sequence[Take]) -> list[Any]:
+        """Outputs for samples that are not in the batch; generators and shared tensors stay as they were."""
+        before = _generators()
         try:
-            output = self.sample(take)
-            draws.after()
+            with _Shared(self.arguments).restored():
+                return [self._drawing(take) for take in takes]
         finally:
-            draws.reset()
-            shared.restore()
+            _set_generators(before)
+
+    def _drawing(self, take: Take) -> Any:
+        """The output for one sample, with random numbers drawn as the user asked."""
+        if self.randomness == "same":
+            _set_generators(self.start)
+        output = self.sample(take)
+        if self.randomness == "error" and not all(map(torch.equal, self.start, _generators())):
+            raise RandomnessError(
+                "the function drew random numbers, but randomness is 'error'. Say whether samples draw 'different' "
+                "numbers or the 'same'."
+            )
         return output
+
+
+def _sample_number(i: int) -> Take:
+    return lambda tensor, axis: tensor.select(axis, i)
 
 
 def _zeros(tensor: torch.Tensor, axis: int) -> torch.Tensor:
@@ -405,94 +428,88 @@ def _other_numbers(tensor: torch.Tensor, axis: int) -> torch.Tensor:
     sample = (tensor.select(axis, 0) if tensor.shape[axis] else _zeros(tensor, axis)).detach()
     if not (sample.is_floating_point() or sample.is_complex()):
         return sample.clone()
-    return torch.where(sample == 0, torch.ones_like(sample), sample * 1.5)
+    return torch.where(sample == 0, torch.ones_like(sample), sample * 1.5).requires_grad_(tensor.requires_grad)
 
 
-class _Draws:
-    """Watches, and sets back, PyTorch's global generators."""
-
-    def __init__(self, randomness: str) -> None:
-        self.randomness = randomness
-        self.start = self.state()
-
-    @staticmethod
-    def state() -> list[torch.Tensor]:
-        on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return [torch.get_rng_state(), *on_cuda]
-
-    def reset(self) -> None:
-        torch.set_rng_state(self.start[0])
-        if self.start[1:]:
-            torch.cuda.set_rng_state_all(self.start[1:])
-
-    def before(self) -> None:
-        if self.randomness == "same":
-            self.reset()
-
-    def after(self) -> None:
-        moved = self.randomness == "error" and not all(map(torch.equal, self.start, self.state()))
-        if moved:
-            raise RandomnessError(
-                "the function drew random numbers, but randomness is 'error'. Say whether samples draw 'different' numbers "
-                "or the 'same'."
-            )
+def _generators() -> list[torch.Tensor]:
+    """The states of PyTorch's global generators."""
+    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return [torch.get_rng_state(), *on_cuda]
 
 
-class _Shared:
-    """Watches the tensors that all samples share for writes."""
+def _set_generators(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])
 
-    def __init__(self, arguments: list[_Argument]) -> None:
-        pieces = [piece for argument in arguments for piece in argument.pieces]
-        leaves = [leaf for piece in pieces for leaf in _leaves(piece.value, piece.where) if _is_shared(piece, leaf)]
-        self.tensors = [tensor for leaf in leaves for tensor in _tensors_in(leaf)]
-        self.before = [leaf.value.detach().clone() for leaf in self.tensors]
-        self.written: list[list[torch.Tensor]] = [[] for _ in self.tensors]
-        self.marks = [_mark(leaf.value) for leaf in self.tensors]
+
+class _SharedTensor:
+    """A tensor that all samples share, watched for writes."""
+
+    def __init__(self, leaf: _Leaf) -> None:
+        self.where, self.tensor = leaf
+        self.before = self.tensor.detach().clone()
+        self.first: torch.Tensor | None = None
+        self.mark = self._mark()
+
+    def _mark(self) -> int | None:
+        """A number that grows with every write, where the tensor counts them."""
+        return None if self.tensor.is_inference() else self.tensor._version
 
     def after_sample(self) -> None:
         """Note what this sample wrote, and give the next one what this one got."""
-        for leaf, before, written, mark in zip(self.tensors, self.before, self.written, self.marks, strict=True):
-            unchanged = mark is not None and _mark(leaf.value) == mark
-            written.append(before if unchanged else leaf.value.detach().clone())
-            if not _same(written[0], written[-1]):
-                raise InPlaceError(
-                    f"the samples write different values into {leaf.where}, which is not mapped and belongs to all of them. "
-                    "Map it, or write into a copy."
-                )
-        self.restore()
+        unchanged = self.mark is not None and self._mark() == self.mark
+        now = self.before if unchanged else self.tensor.detach().clone()
+        self.first = now if self.first is None else self.first
+        if not _same(self.first, now):
+            raise InPlaceError(
+                f"the samples write different values into {self.where}, which is not mapped and belongs to all of "
+                "them. Map it, or write into a copy."
+            )
+        self.put(self.before)
 
-    def restore(self) -> None:
-        """Every shared tensor as it was before the call."""
-        self._write(self.before)
+    def put(self, value: torch.Tensor | None) -> None:
+        """Write a value, if it is not there."""
+        unchanged = value is self.before and self.mark is not None and self._mark() == self.mark
+        if value is not None and not unchanged and not _same(self.tensor, value):
+            with torch.no_grad():
+                self.tensor.copy_(value)
+        self.mark = self._mark()
+
+
+class _Shared:
+    """All tensors that are not mapped."""
+
+    def __init__(self, arguments: list[_Argument]) -> None:
+        pieces = [piece for argument in arguments for piece in argument.pieces]
+        leaves = [(piece, leaf) for piece in pieces for leaf in _leaves(piece.value, piece.where)]
+        self.tensors = [_SharedTensor(part) for piece, leaf in leaves for part in _shared_parts(piece, leaf)]
+
+    def after_sample(self) -> None:
+        for tensor in self.tensors:
+            tensor.after_sample()
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Whatever happens inside, the tensors are as they were afterwards."""
+        try:
+            yield
+        finally:
+            for tensor in self.tensors:
+                tensor.put(tensor.before)
 
     def keep_common_writes(self) -> None:
         """What all samples wrote alike stays."""
-        self._write(
-            [written[0] if written else before for written, before in zip(self.written, self.before, strict=True)]
-        )
-
-    @torch.no_grad()
-    def _write(self, values: list[torch.Tensor]) -> None:
-        for i, (leaf, value) in enumerate(zip(self.tensors, values, strict=True)):
-            if not _same(leaf.value, value):
-                leaf.value.copy_(value)
-            self.marks[i] = _mark(leaf.value)
+        for tensor in self.tensors:
+            tensor.put(tensor.first)
 
 
-def _is_shared(piece: _Piece, leaf: _Leaf) -> bool:
-    return piece.axis is None or isinstance(leaf.value, torch.nn.Module)
-
-
-def _tensors_in(leaf: _Leaf) -> list[_Leaf]:
+def _shared_parts(piece: _Piece, leaf: _Leaf) -> list[_Leaf]:
+    """The tensors of an unmapped leaf; a module has many, and is never mapped."""
     if isinstance(leaf.value, torch.nn.Module):
         named = [*leaf.value.named_parameters(), *leaf.value.named_buffers()]
         return [_Leaf(f"{leaf.where}.{name}", tensor) for name, tensor in named]
-    return [leaf] if isinstance(leaf.value, torch.Tensor) else []
-
-
-def _mark(tensor: torch.Tensor) -> int | None:
-    """A number that grows with every write, where the tensor counts them."""
-    return None if tensor.is_inference() else tensor._version
+    return [leaf] if piece.axis is None and isinstance(leaf.value, torch.Tensor) else []
 
 
 # --- outputs ---------------------------------------------------------------------------------------------------------

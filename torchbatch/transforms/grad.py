@@ -11,6 +11,7 @@ from torchbatch.core import argnums as positional
 from torchbatch.core import tree
 from torchbatch.core.argnums import Split, leaf_names
 from torchbatch.core.derivative import (
+    OUTPUT_HINT,
     Aux,
     Outputs,
     Primals,
@@ -75,7 +76,9 @@ def grad(
 
     Source: ``jax.grad``.
     """
-    return Grad(fun, *_parse(fun, argnums, "grad", reduce_axes), has_aux, holomorphic, allow_int)
+    positional.check_callable(fun, "grad")
+    _check_axes(reduce_axes, "grad")
+    return Grad(fun, positional.parse(argnums, "grad"), has_aux, holomorphic, allow_int)
 
 
 def value_and_grad(
@@ -107,15 +110,17 @@ def value_and_grad(
 
     Source: ``jax.value_and_grad``.
     """
-    return ValueAndGrad(fun, *_parse(fun, argnums, "value_and_grad", reduce_axes), has_aux, holomorphic, allow_int)
+    positional.check_callable(fun, "value_and_grad")
+    _check_axes(reduce_axes, "value_and_grad")
+    return ValueAndGrad(fun, positional.parse(argnums, "value_and_grad"), has_aux, holomorphic, allow_int)
 
 
-def _parse(fun: Any, argnums: Any, transform: str, reduce_axes: Sequence[Any]) -> tuple[positional.Argnums]:
+def _check_axes(reduce_axes: Sequence[Any], transform: str) -> None:
     if reduce_axes:
-        raise GradientValueError(f"{transform}: reduce_axes must be empty, but it is {reduce_axes!r}. JAX dropped it "
-                                 f"too; sum over a named axis with torchbatch.lax.psum instead.")
-    positional.check_callable(fun, transform)
-    return (positional.parse(argnums, transform),)
+        raise GradientValueError(
+            f"{transform}: reduce_axes must be empty, but it is {reduce_axes!r}. JAX dropped it too; sum over a named "
+            f"axis with torchbatch.lax.psum instead."
+        )
 
 
 class ValueAndGrad(Wrapper):
@@ -127,17 +132,30 @@ class ValueAndGrad(Wrapper):
         self, fun: Callable[..., Any], argnums: positional.Argnums, has_aux: bool, holomorphic: bool, allow_int: bool
     ) -> None:
         super().__init__(fun, argnums, has_aux, holomorphic, allow_int)
-        self.fun, self.argnums, self.has_aux, self.holomorphic, self.allow_int = fun, *self.options
+        self.fun, self.argnums, self.has_aux = fun, argnums, has_aux
+        self.holomorphic, self.allow_int = holomorphic, allow_int
+        self._simple = argnums in (0, -1) and not has_aux and not holomorphic
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """The output (with its aux) and the gradient."""
         value, gradient, aux = self._run(args, kwargs)
         return ((value, aux) if self.has_aux else value), gradient
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Any, Any]:
+        if self._simple and len(args) == 1 and not kwargs:
+            x = args[0]
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                value, pull = guarded(torch.func.vjp, self.transform, self._simple_scalar, x)
+                return value, pull(torch.ones_like(value), retain_graph=False)[0], None
+        return self._run_trees(args, kwargs)
+
+    def _simple_scalar(self, x: torch.Tensor) -> torch.Tensor:
+        return self._scalar(self.fun(x))
+
+    def _run_trees(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Any, Any]:
         positions = positional.resolve(self.argnums, len(args), self.transform, GradientTypeError)
         split = Split(self.fun, positions, args, kwargs)
-        primals = Primals(tuple(split.picked), split.names)
+        primals = Primals(split.picked, split.names)
         check_reverse_inputs(primals, self.transform, self.holomorphic, self.allow_int)
         aux = Aux()
 
@@ -145,18 +163,17 @@ class ValueAndGrad(Wrapper):
             result = split(*primals.rebuild(inputs))
             if not self.has_aux:
                 return self._scalar(result)
-            result, extra = split_aux(result, self.transform)
-            return self._scalar(result), aux.take(extra)
+            result, beside = split_aux(result, self.transform)
+            return self._scalar(result), aux.take(beside)
 
         value, pull, *extra = guarded(torch.func.vjp, self.transform, flat, *primals.inputs(), has_aux=self.has_aux)
         found = primals.cotangents(pull(torch.ones_like(value), retain_graph=False))
-        gradient = primals.structure.unflatten(found)
+        gradient = positional.unflatten(primals.structure, found)
         gradient = gradient[0] if isinstance(self.argnums, int) else gradient
         return value, gradient, aux.give(extra[0]) if self.has_aux else None
 
-    def _scalar(self, output: Any) -> torch.Tensor:
-        if not isinstance(output, torch.Tensor):
-            output = self._number(output)
+    def _scalar(self, result: Any) -> torch.Tensor:
+        output: torch.Tensor = result if isinstance(result, torch.Tensor) else self._number(result)
         if output.dim():
             raise GradientTypeError(
                 f"{self.transform}: the function must return one number, but its output is {describe(output)}. Return "
@@ -169,10 +186,14 @@ class ValueAndGrad(Wrapper):
     def _number(self, output: Any) -> torch.Tensor:
         if tree.is_node_type(type(output)):
             raise GradientTypeError(
-                f"{self.transform}: the function must return one number, but it returned a {type(output).__name__}. "
+                f"{self.transform}: the function must return one number, but it returned {_article(output)}. "
                 f"Return (output, aux) and pass has_aux=True to get more out of it."
             )
-        return as_tensor(output, lambda: f"{self.transform}: the output")
+        return as_tensor(output, lambda: f"{self.transform}: the output", OUTPUT_HINT)
+
+
+def _article(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 class Grad(ValueAndGrad):
@@ -180,7 +201,7 @@ class Grad(ValueAndGrad):
 
     transform = "grad"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """The gradient, with the aux where there is one."""
         _, gradient, aux = self._run(args, kwargs)
         return (gradient, aux) if self.has_aux else gradient
@@ -217,7 +238,8 @@ def vjp(fun: Callable[..., Any], *primals: Any, has_aux: bool = False, reduce_ax
 
     Source: ``jax.vjp``.
     """
-    _parse(fun, 0, "vjp", reduce_axes)
+    positional.check_callable(fun, "vjp")
+    _check_axes(reduce_axes, "vjp")
     inputs = Primals(primals, lambda: _names(fun, primals))
     pulled = reverse(fun, inputs, has_aux, "vjp")
     output, aux = pulled.outputs.give(pulled.values, pulled.others)
@@ -241,7 +263,7 @@ class VjpFunction:
             )
         flat = check_cotangents(self._pulled.outputs, self._pulled.values, cotangent[0])
         found = self._primals.cotangents(self._pulled.pull(flat))
-        return self._primals.structure.unflatten(found)  # type: ignore[no-any-return]
+        return tuple(positional.unflatten(self._primals.structure, found))
 
 
 def jvp(fun: Callable[..., Any], primals: Any, tangents: Any, has_aux: bool = False) -> Any:
@@ -273,8 +295,10 @@ def jvp(fun: Callable[..., Any], primals: Any, tangents: Any, has_aux: bool = Fa
     positional.check_callable(fun, "jvp")
     for name, value in (("primals", primals), ("tangents", tangents)):
         if not isinstance(value, tuple | list):
-            raise GradientTypeError(f"jvp: {name} must be a tuple or a list with one entry per argument, but got "
-                                    f"{describe(value)}. Write ({name[:-1]},) for a function of one argument.")
+            raise GradientTypeError(
+                f"jvp: {name} must be a tuple or a list with one entry per argument, but got {describe(value)}. Write "
+                f"({name[:-1]},) for a function of one argument."
+            )
     inputs = Primals(primals, lambda: _names(fun, primals))
     flat = check_tangents(inputs, tangents, "jvp", GradientTypeError)
     output, tangent, aux = forward(fun, inputs, flat, has_aux, "jvp")
@@ -314,7 +338,8 @@ def linearize(fun: Callable[..., Any], *primals: Any, has_aux: bool = False) -> 
     inputs = Primals(primals, lambda: _names(fun, primals))
     pulled = reverse(fun, inputs, has_aux, "linearize")
     output, aux = pulled.outputs.give(pulled.values, pulled.others)
-    _, push = torch.func.vjp(lambda *flat: pulled.pull(flat), *(torch.zeros_like(value) for value in pulled.values))
+    zeros = (torch.zeros_like(value) for value in pulled.values)
+    push: Callable[..., Any] = torch.func.vjp(lambda *flat: pulled.pull(flat), *zeros)[1]
     f_jvp = LinearFunction(inputs, pulled.outputs, push, float0_like(pulled.outputs.discrete(pulled.others)))
     return (output, f_jvp, aux) if has_aux else (output, f_jvp)
 

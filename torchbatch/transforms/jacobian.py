@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 
 from torchbatch.core import argnums as positional
-from torchbatch.core import tree
 from torchbatch.core.argnums import Split
-from torchbatch.core.derivative import Outputs, Primals, Pullback, forward, reverse
+from torchbatch.core.derivative import Outputs, Primals, Pullback, push, reverse, vectorize
 from torchbatch.core.dtypes import (
     check_forward_inputs,
     check_forward_outputs,
@@ -22,8 +21,6 @@ from torchbatch.core.wrapper import Wrapper
 from torchbatch.errors import GradientValueError
 
 __all__ = ["hessian", "jacfwd", "jacrev"]
-
-vectorize = torch.func.vmap
 
 
 def jacfwd(
@@ -110,8 +107,8 @@ def hessian(
 
     Returns:
         A function with the arguments of ``fun`` that returns the Hessian (or ``(hessian, aux)``): the tree of the
-        output, at each leaf of which is the tree of the argument, at each leaf of which is that tree again, with tensors
-        of shape ``output.shape + input1.shape + input2.shape``.
+        output, at each leaf of which is the tree of the argument, at each leaf of which is that tree again, with
+        tensors of shape ``output.shape + input1.shape + input2.shape``.
 
     Raises:
         GradientTypeError, GradientValueError: as for :func:`jacfwd`.
@@ -131,21 +128,112 @@ def hessian(
 class JacFwd(Wrapper):
     """The result of :func:`jacfwd`."""
 
-    def __init__(
-        self, fun: Callable[..., Any], argnums: positional.Argnums, has_aux: bool, holomorphic: bool
-    ) -> None:
+    def __init__(self, fun: Callable[..., Any], argnums: positional.Argnums, has_aux: bool, holomorphic: bool) -> None:
         super().__init__(fun, argnums, has_aux, holomorphic)
-        self.fun, self.argnums, self.has_aux, self.holomorphic = fun, *self.options
+        self.fun, self.argnums, self.has_aux, self.holomorphic = fun, argnums, has_aux, holomorphic
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """The Jacobian, with the aux where there is one."""
         split, primals = _bind(self.fun, self.argnums, args, kwargs, "jacfwd")
         check_forward_inputs(primals, "jacfwd", self.holomorphic)
-        run = _Forward(split, primals, self.has_aux)
-        basis = standard_basis(primals.tensors)
-        flat_args = vectorize(run, in_dims=0, out_dims=(None, 0), randomness="same")(basis)
-        return flat_args
+        outputs = Outputs(self.has_aux, "jacfwd")
+        values, columns, others = _columns(split, primals, outputs)
+        names = outputs.names()
+        check_forward_outputs(outputs.merge_flat(values, outputs.discrete(others)), names, "jacfwd", self.holomorphic)
+        blocks = [self._blocks(column, primals) for column, _ in zip(columns, names, strict=False)]
+        jacobian = outputs.structure.unflatten(blocks)
+        return (jacobian, outputs.give(values, others)[1]) if self.has_aux else jacobian
+
+    def _blocks(self, column: torch.Tensor, primals: Primals) -> Any:
+        """From ``[inputs, *output.shape]`` for one output to the tree of the arguments."""
+        shape = column.shape[1:]
+        parts = torch.split(column.movedim(0, -1), [p.numel() for p in primals.tensors], dim=-1)
+        blocks = [part.reshape((*shape, *p.shape)) for part, p in zip(parts, primals.tensors, strict=True)]
+        return _unpack(primals.structure.unflatten(blocks), self.argnums)
+
+
+def _columns(split: Split, primals: Primals, outputs: Outputs) -> Any:
+    """As :func:`push` along every unit tangent, with an axis for those in front of the tangents."""
+    basis = standard_basis(primals.tensors)
+    if basis[0].shape[0]:
+        return vectorize(lambda *t: push(split, primals, outputs, t), (None, 0, None))(*basis)
+    values, _, others = push(split, primals, outputs, tuple(primals.tensors))
+    return values, [value.new_zeros(0, *value.shape) for value in values], others
 
 
 class JacRev(Wrapper):
     """The result of :func:`jacrev`."""
+
+    def __init__(
+        self, fun: Callable[..., Any], argnums: positional.Argnums, has_aux: bool, holomorphic: bool, allow_int: bool
+    ) -> None:
+        super().__init__(fun, argnums, has_aux, holomorphic, allow_int)
+        self.fun, self.argnums, self.has_aux = fun, argnums, has_aux
+        self.holomorphic, self.allow_int = holomorphic, allow_int
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """The Jacobian, with the aux where there is one."""
+        split, primals = _bind(self.fun, self.argnums, args, kwargs, "jacrev")
+        check_reverse_inputs(primals, "jacrev", self.holomorphic, self.allow_int)
+        pulled = reverse(split, primals, self.has_aux, "jacrev")
+        outputs = pulled.outputs
+        flat = outputs.merge_flat(pulled.values, outputs.discrete(pulled.others))
+        check_reverse_outputs(flat, outputs.names(), "jacrev", self.holomorphic)
+        sizes = [output.numel() for output in flat]
+        rows = [torch.split(row, sizes) for row in _rows(pulled, primals, flat)]
+        blocks = [self._blocks(output.shape, [row[i] for row in rows], primals) for i, output in enumerate(flat)]
+        jacobian = outputs.structure.unflatten(blocks)
+        return (jacobian, outputs.give(pulled.values, pulled.others)[1]) if self.has_aux else jacobian
+
+    def _blocks(self, shape: torch.Size, rows: Sequence[torch.Tensor], primals: Primals) -> Any:
+        """From ``[outputs, *input.shape]`` for one output to the tree of the arguments."""
+        blocks = [row.reshape((*shape, *p.shape)) for row, p in zip(rows, primals.tensors, strict=True)]
+        return _unpack(primals.structure.unflatten(blocks), self.argnums)
+
+
+def _rows(pulled: Pullback, primals: Primals, flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """For each primal, its cotangents for every unit cotangent of the outputs, along axis 0."""
+    count = sum(output.numel() for output in flat)
+    rows: Sequence[torch.Tensor] = ()
+    if count and primals.active:
+        rows = vectorize(lambda *cotangents: pulled.pull(cotangents, retain_graph=False))(*standard_basis(flat))
+        rows = [row.conj_physical() if row.is_complex() else row for row in rows]
+    found = iter(rows)
+    return [
+        next(found) if rows and i in primals.active else primal.new_zeros(count, *primal.shape)
+        for i, primal in enumerate(primals.tensors)
+    ]
+
+
+def standard_basis(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Unit vectors in the space of all ``tensors`` together, one along axis 0 for each number in them."""
+    sizes = [tensor.numel() for tensor in tensors]
+    if len(tensors) == 1:
+        only = tensors[0]
+        return [torch.eye(sizes[0], dtype=only.dtype, device=only.device).reshape(sizes[0], *only.shape)]
+    starts = [0, *accumulate(sizes)]
+    return [
+        _unit_rows(starts[-1], start, size, tensor) for start, size, tensor in zip(starts, sizes, tensors, strict=False)
+    ]
+
+
+def _unit_rows(count: int, start: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    row, column = torch.arange(count, device=like.device), torch.arange(start, start + size, device=like.device)
+    return (row[:, None] == column).to(like.dtype).reshape(count, *like.shape)
+
+
+def _bind(
+    fun: Callable[..., Any], argnums: positional.Argnums, args: tuple[Any, ...], kwargs: dict[str, Any], transform: str
+) -> tuple[Split, Primals]:
+    positions = positional.resolve(argnums, len(args), transform, GradientValueError)
+    split = Split(fun, positions, args, kwargs)
+    primals = Primals(split.picked, split.names)
+    if not primals.tensors:
+        raise GradientValueError(
+            f"{transform}: argument {positional.argument_name(fun, positions[0])} holds no arrays to differentiate by."
+        )
+    return split, primals
+
+
+def _unpack(trees: Any, argnums: positional.Argnums) -> Any:
+    return trees[0] if isinstance(argnums, int) else trees

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from torchbatch._torch import explain, traced
+from torchbatch._torch import explain, factories, traced
 from torchbatch._torch.escape import Watch
 from torchbatch.core import axes as axes_
 from torchbatch.core import batch, chunks
