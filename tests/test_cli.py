@@ -47,6 +47,7 @@ def test_help_of_the_demo_names_every_option_and_its_default(capsys):
     with pytest.raises(SystemExit):
         cli.main(["demo", "--help"])
     text = capsys.readouterr().out
+    assert "Train a small CNN with per-example clipped gradients" in text
     for part in ("--device {cpu,cuda}", "--seed N", "--epochs N", "--output FILE", "torchbatch-demo.png", "(20)"):
         assert part in text
 

@@ -184,6 +184,38 @@ ROWS = [
      lambda: jax.grad(lambda z: z * z, holomorphic=True)(1j), (),
      lambda: torch.func.grad(lambda z: z * z, holomorphic=True)(torch.tensor(1j)), TypeError,
      lambda: torchbatch.grad(lambda z: z * z, holomorphic=True)(torch.tensor(1j)), ()),
+    ("value together with gradient",
+     lambda: float(jax.value_and_grad(lambda x: x * x)(3.0)[0]), 9.0,
+     lambda: torch.func.grad_and_value(lambda x: x * x)(torch.tensor(3.0))[0].item(), 6.0,
+     lambda: torchbatch.value_and_grad(lambda x: x * x)(torch.tensor(3.0))[0].item(), 9.0),
+    ("negative `argnums`",
+     lambda: float(jax.grad(lambda x, y: x * y, argnums=-1)(2.0, 3.0)), 2.0,
+     lambda: torch.func.grad(lambda x, y: x * y, argnums=-1)(torch.tensor(2.0), torch.tensor(3.0)).item(), 2.0,
+     lambda: torchbatch.grad(lambda x, y: x * y, argnums=-1)(torch.tensor(2.0), torch.tensor(3.0)).item(), 2.0),
+    ("Python numbers as arguments",
+     lambda: float(jax.grad(lambda x: x * x)(3.0)), 6.0,
+     lambda: torch.func.grad(lambda x: x * x)(3.0), ValueError,
+     lambda: torchbatch.grad(lambda x: x * x)(3.0).item(), 6.0),
+    ("gradient of an integer under `allow_int`",
+     lambda: str(jax.grad(lambda x: x * 1.0, allow_int=True)(3).dtype), str(np.dtype(jax.dtypes.float0)),
+     None, None,
+     lambda: torchbatch.grad(lambda x: x * 1.0, allow_int=True)(3).dtype, torch.bool),
+    ("output that is not one number",
+     lambda: jax.grad(lambda x: x)(JX), TypeError,
+     lambda: torch.func.grad(lambda x: x)(X), RuntimeError,
+     lambda: torchbatch.grad(lambda x: x)(X), TypeError),
+    ("gradient of a real function of `z = x + iy`",
+     lambda: complex(jax.grad(lambda z: (z * z).real)(1 + 2j)), 2 + 4j,
+     lambda: torch.func.grad(lambda z: (z * z).real)(torch.tensor(1 + 2j)).item(), 2 - 4j,
+     lambda: torchbatch.grad(lambda z: (z * z).real)(torch.tensor(1 + 2j)).item(), 2 + 4j),
+    ("`jacfwd(randomness=)`, `jacrev(chunk_size=)`",
+     lambda: jax.jacrev(jnp.sin, chunk_size=2)(JX), TypeError,
+     lambda: torch.func.jacrev(torch.sin, chunk_size=2)(X), (3, 2, 3, 2),
+     lambda: torchbatch.jacrev(torch.sin, chunk_size=2)(X), TypeError),
+    ("`arange(3)`",
+     lambda: str(jnp.arange(3).dtype), "int32",
+     lambda: torch.arange(3).dtype, torch.int64,
+     lambda: torchbatch.vmap(lambda x: 1)(X).dtype, torch.int64),
 ]  # fmt: skip
 
 
@@ -237,13 +269,6 @@ def test_roll_on_single_numbers():
     if AS_ON_THE_PAGE:
         assert tvmap(lambda x: torch.roll(x, 1))(torch.arange(3.0)).tolist() == [2, 0, 1]
     assert vmap(lambda x: torch.roll(x, 1))(torch.arange(3.0)).tolist() == [0, 1, 2]
-
-
-def test_gradient_of_a_real_function_of_a_complex_number():
-    theirs = jax.grad(lambda z: (z * z).real)(1 + 2j)
-    assert complex(theirs) == 2 + 4j
-    for grad in (torch.func.grad, torchbatch.grad):
-        assert grad(lambda z: (z * z).real)(torch.tensor(1 + 2j)).item() == 2 - 4j
 
 
 def test_dtypes():

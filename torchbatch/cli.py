@@ -39,7 +39,7 @@ def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     """Add ``demo`` and its options."""
     text = "train a small CNN with per-example clipped gradients and show which digits it finds hardest"
     defaults = demo.Options()
-    command = commands.add_parser("demo", help=text, description=text.capitalize() + ".", allow_abbrev=False)
+    command = commands.add_parser("demo", help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     command.add_argument("--device", choices=("cpu", "cuda"), default=defaults.device, help="default: %(default)s")
     command.add_argument(
         "--seed", type=_whole(0), default=defaults.seed, metavar="N", help="of all random numbers (%(default)s)"

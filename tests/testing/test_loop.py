@@ -34,8 +34,12 @@ def numbers(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
+def is_numeric(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray) and leaf.dtype.kind != "U"
+
+
 def to_torch(value: Any) -> Any:
-    return jax.tree.map(lambda leaf: torch.from_numpy(leaf.copy()) if isinstance(leaf, np.ndarray) else leaf, value)
+    return jax.tree.map(lambda leaf: torch.from_numpy(leaf.copy()) if is_numeric(leaf) else leaf, value)
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -163,6 +167,19 @@ def test_unmapped_values_arrive_untouched() -> None:
     loop(lambda x, c, t: seen.extend((c, t)), in_axes=(0, None, None))(torch.ones(1), config, text)
     assert seen[0] is config
     assert seen[1] is text
+
+
+def test_inside_other_transforms() -> None:
+    x, w = torch.randn(2, 3), torch.randn(4)
+
+    def row(a: torch.Tensor) -> torch.Tensor:
+        return loop(lambda a, b: a.sin() * b, in_axes=(None, 0))(a, w)
+
+    expected = x.sin()[:, None, :] * w[:, None]
+    torch.testing.assert_close(torch.func.vmap(row)(x), expected)
+    torch.testing.assert_close(loop(row)(x), expected)
+    torch.testing.assert_close(torch.func.grad(lambda a: row(a).sum())(x), x.cos() * w.sum())
+    torch.testing.assert_close(loop(torch.func.grad(lambda a: row(a).sum()))(x), x.cos() * w.sum())
 
 
 def test_modules_are_unmapped_leaves() -> None:
@@ -356,6 +373,15 @@ def test_samples_that_do_not_stack() -> None:
         loop(lambda x: object(), out_axes=None)(torch.ones(2))
 
 
+def test_a_batch_of_one_is_judged_by_other_numbers_of_floating_arguments() -> None:
+    index, table = torch.tensor([1]), torch.arange(3)
+    assert loop(lambda i, t: t[i], in_axes=(0, None), out_axes=None)(index, table).item() == 1
+    with pytest.raises(UnmappedOutputError):
+        loop(lambda x: x + 1, out_axes=None)(torch.zeros(1))
+    with pytest.raises(UnmappedOutputError):
+        loop(lambda x: x.to(torch.int8 if x == 1 else torch.int16), out_axes=None)(torch.tensor([1.0, 2.0]))
+
+
 # --- writing in place ------------------------------------------------------------------------------------------------
 
 
@@ -388,7 +414,7 @@ def test_writes_into_the_buffers_of_a_module_are_seen() -> None:
     torch.testing.assert_close(norm.running_mean, before)
 
 
-def test_shared_tensors_are_restored_after_an_exception_and_without_version_counter() -> None:
+def test_shared_tensors_are_restored_after_an_exception_and_under_inference_mode() -> None:
     with torch.inference_mode():
         shared = torch.zeros(2)
 

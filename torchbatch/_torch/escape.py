@@ -69,6 +69,25 @@ class Watch:
             self.allowed += 1
 
 
+_watches: dict[Any, Watch] = {}
+
+
+def watch_of(fun: Any) -> Watch:
+    """The watch of a function; those made anew from the same code share one."""
+    key = getattr(fun, "__code__", None)
+    if key is None:
+        return Watch()
+    watch = _watches.get(key)
+    if watch is None:
+        if len(_watches) >= _MOST_WATCHES:
+            _watches.clear()
+        watch = _watches[key] = Watch()
+    return watch
+
+
+_MOST_WATCHES = 4096
+
+
 class _Deaths:
     """Whether an escaped tensor has died since the last look: its end may have hidden the birth of another."""
 

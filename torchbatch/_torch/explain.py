@@ -91,6 +91,23 @@ RULES = _rules(
         anew, randomness="same" gives all samples one draw.""",
     ),
     (
+        r"same randomness with a batched tensor input",
+        RandomnessError,
+        """randomness="same" asks for one draw for all samples, but what is drawn depends on per-sample values here. Use
+        randomness="different", or draw uniform numbers and compare them with the values.""",
+    ),
+    (
+        r"different inplace randomness on an unbatched tensor",
+        RandomnessError,
+        """randomness="different" asks for a draw for each sample, but it is to be written into a tensor that all samples share.
+        Make the tensor inside the mapped function, or map it.""",
+    ),
+    (
+        r"we do not yet support aten::(\w+)",
+        UnsupportedOperationError,
+        "{0} can be run neither for all samples at once nor one by one. Express it by other operations.",
+    ),
+    (
         r"atch norm.*running_(mean|var)",
         InPlaceError,
         """BatchNorm in training mode writes per-sample statistics into running averages that all samples share. Use

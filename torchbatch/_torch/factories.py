@@ -4,8 +4,7 @@ In eager mode that is a :class:`~torchbatch._torch.local.LocalTensor`, which get
 follows tensors by identity, so while one is at work every new tensor gets its room at once: :class:`WithRoom` for Dynamo,
 :func:`_with_room` for everything that traces by a dispatch mode (``make_fx``, fake tensors).
 
-Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._functorch.TransformType``,
-``torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters``.
+Private names used: those of :mod:`torchbatch._torch.levels` and :mod:`torchbatch._torch.overlay`.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.overrides import TorchFunctionMode
 
 from torchbatch._torch import levels, local, overlay
@@ -34,7 +31,7 @@ FACTORIES = (
 
 def _local_result(operator: overlay.Operator) -> overlay.Operator:
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        result = overlay.call(operator, args, kwargs)
+        result = operator(*args, **kwargs)
         if any(True for _ in levels.batch_levels(result)):
             return result
         return _with_room(result) if overlay.is_traced() else local.adopt(result)
@@ -47,9 +44,8 @@ REGISTERED = [name for name in FACTORIES if overlay.register(name, _local_result
 
 def _with_room(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a tensor with one value per sample of every open ``vmap``."""
-    for interpreter in retrieve_all_functorch_interpreters():
-        if interpreter.key() == TransformType.Vmap:
-            tensor = local.along(tensor, interpreter.level(), interpreter.batch_size())
+    for level, size, _ in levels.open_maps():
+        tensor = local.along(tensor, level, size)
     return tensor
 
 

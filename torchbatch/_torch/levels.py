@@ -4,7 +4,8 @@ Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._functorch._vm
 ``_vmap_decrement_nesting``, ``_add_batch_dim``, ``_remove_batch_dim``, ``_unwrap_batched``, ``is_batchedtensor``,
 ``is_functorch_wrapped_tensor``, ``maybe_get_level``, ``get_unwrapped``; ``torch._functorch.vmap.vmap_increment_nesting``
 with that module's ``_add_batch_dim``, ``_remove_batch_dim`` (the forms that Dynamo traces);
-``torch._functorch.predispatch.lazy_load_decompositions``.
+``torch._functorch.predispatch.lazy_load_decompositions``; ``torch._functorch.pyfunctorch``'s
+``retrieve_all_functorch_interpreters`` and ``torch._C._functorch.TransformType``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch._C import _functorch
 from torch._functorch import vmap as traceable
 from torch._functorch.predispatch import lazy_load_decompositions
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 lazy_load_decompositions()
 
@@ -27,10 +29,18 @@ is_wrapped = _functorch.is_functorch_wrapped_tensor
 is_batchedtensor = _functorch.is_batchedtensor
 maybe_get_level = _functorch.maybe_get_level
 get_unwrapped = _functorch.get_unwrapped
+depth = _functorch.get_dynamic_layer_stack_depth
 
 traceable_level = traceable.vmap_increment_nesting
 traceable_add = traceable._add_batch_dim
 traceable_remove = traceable._remove_batch_dim
+
+
+def open_maps() -> Iterator[tuple[int, int, str]]:
+    """Level, size and randomness of every open ``vmap`` (PyTorch's own too), outermost first."""
+    for interpreter in retrieve_all_functorch_interpreters():
+        if interpreter.key() == _functorch.TransformType.Vmap:
+            yield interpreter.level(), interpreter.batch_size(), interpreter.randomness()
 
 
 def batch_levels(value: torch.Tensor) -> Iterator[int]:

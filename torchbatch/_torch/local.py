@@ -7,7 +7,7 @@ does not have, the tensor gets that axis first: the Python object is given a new
 that is still alive. A tensor that is only read stays one tensor for all samples and costs nothing more.
 
 Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._swap_tensor_impl``, ``torch._C._is_alias_of``,
-``torch._C._functorch.get_dynamic_layer_stack_depth``, ``_add_batch_dim``, ``_unwrap_batched``.
+and those of :mod:`torchbatch._torch.levels`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch._C import _functorch
 
 from torchbatch._torch import levels, overlay
 from torchbatch.errors import InPlaceError
 
-_depth = _functorch.get_dynamic_layer_stack_depth
 _AUGMENTED = frozenset(f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split())
+
+
+_RANDOM = frozenset(
+    "bernoulli_ cauchy_ exponential_ geometric_ kaiming_normal_ kaiming_uniform_ log_normal_ normal_ orthogonal_ random_ "
+    "trunc_normal_ uniform_ xavier_normal_ xavier_uniform_".split()
+)
 
 
 class LocalTensor(torch.Tensor):
@@ -38,6 +42,8 @@ class LocalTensor(torch.Tensor):
         kwargs = kwargs or {}
         for target in _written(func, args, kwargs):
             _make_room(target, args, kwargs)
+            if getattr(func, "__name__", "") in _RANDOM:
+                _make_room_for_draws(target)
         if "out" in kwargs and any(type(t) is LocalTensor for t in _tensors(kwargs["out"])):
             return _write_out(func, args, dict(kwargs))
         with torch._C.DisableTorchFunctionSubclass():
@@ -50,7 +56,7 @@ def adopt(tensor: torch.Tensor) -> torch.Tensor:
     """Make a new tensor a local one, unless it varies along every open axis already."""
     if type(tensor) is torch.Tensor:
         tensor.__class__ = LocalTensor
-        tensor._home, tensor._parent, tensor._views = _depth(), None, []  # type: ignore[attr-defined]
+        tensor._home, tensor._parent, tensor._views = levels.depth(), None, []  # type: ignore[attr-defined]
     return tensor
 
 
@@ -94,9 +100,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def _make_room(target: LocalTensor, args: Any, kwargs: dict[str, Any]) -> None:
     """Give ``target`` every axis along which the other tensors of the call vary."""
-    root = target
-    while root._parent is not None:
-        root = root._parent
+    root = _root(target)
     has = set(levels.batch_levels(root))
     for other in _tensors([list(args), kwargs]):
         for level, size in _sizes(other):
@@ -109,6 +113,21 @@ def _make_room(target: LocalTensor, args: Any, kwargs: dict[str, Any]) -> None:
                 )
             _vary(root, level, size)
             has.add(level)
+
+
+def _make_room_for_draws(target: LocalTensor) -> None:
+    """Give ``target`` the axis of every open vmap that draws for each sample anew."""
+    root = _root(target)
+    has = set(levels.batch_levels(root))
+    for level, size, randomness in levels.open_maps():
+        if randomness == "different" and level <= root._home and level not in has:
+            _vary(root, level, size)
+
+
+def _root(target: LocalTensor) -> LocalTensor:
+    while target._parent is not None:
+        target = target._parent
+    return target
 
 
 def _sizes(value: torch.Tensor) -> Iterator[tuple[int, int]]:

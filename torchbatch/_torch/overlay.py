@@ -51,16 +51,31 @@ def call(operator: Operator, args: Any, kwargs: Any) -> Any:
         include(KEY, was)
 
 
+_kernels: dict[str, Operator] = {}
+
+
 def register(name: str, make: Callable[[Operator], Operator]) -> bool:
-    """Let ``make(operator)`` run in place of ``aten::name`` inside mapped functions; False if PyTorch has no such operator."""
+    """Let ``make(operator)`` run in place of ``aten::name`` inside mapped functions; False if PyTorch has no such operator.
+
+    ``operator`` runs without the overlay. A second registration of one name goes around the first: its ``operator`` is the
+    first one's kernel.
+    """
     packet, _, overload = name.partition(".")
     operator = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
     if operator is None:
         return False
-    kernel = make(operator)
+    if name in _kernels:
+        _kernels[name] = make(_kernels[name])
+        return True
+
+    def below(*args: Any, **kwargs: Any) -> Any:
+        return call(operator, args, kwargs)
 
     def checked(*args: Any, **kwargs: Any) -> Any:
-        return kernel(*args, **kwargs) if called_by_user() else call(operator, args, kwargs)
+        return _kernels[name](*args, **kwargs) if called_by_user() else below(*args, **kwargs)
+
+    below.__name__ = name
+    _kernels[name] = make(below)
 
     _aten.impl(name, checked, _NAME)
     return True

@@ -24,7 +24,7 @@ def check_callable(fun: Any, transform: str) -> None:
         raise GradientTypeError(f"{transform} expects a function, but got {fun!r} of type {type(fun).__name__}.")
 
 
-def parse(argnums: Any, transform: str) -> Argnums:
+def parse(argnums: Any, transform: str, option: str = "argnums") -> Argnums:
     """An int, or a tuple of ints, from whatever was given.
 
     Raises:
@@ -37,15 +37,17 @@ def parse(argnums: Any, transform: str) -> Argnums:
         found = tuple(operator.index(entry) for entry in argnums)
     except TypeError:
         raise GradientTypeError(
-            f"{transform}: argnums must be an int or a sequence of ints that number positional arguments, but got "
+            f"{transform}: {option} must be an int or a sequence of ints that number positional arguments, but got "
             f"{argnums!r} of type {type(argnums).__name__}."
         ) from None
     if not found:
-        raise GradientValueError(f"{transform}: argnums is empty, so there is nothing to differentiate by.")
+        raise GradientValueError(f"{transform}: {option} is empty, so there is nothing to differentiate by.")
     return found
 
 
-def resolve(argnums: Argnums, count: int, transform: str, too_many: type[Exception]) -> list[int]:
+def resolve(
+    argnums: Argnums, count: int, transform: str, too_many: type[Exception], option: str = "argnums"
+) -> list[int]:
     """``argnums`` as positions in ``range(count)``, negative ones counted from the end.
 
     Raises:
@@ -58,12 +60,12 @@ def resolve(argnums: Argnums, count: int, transform: str, too_many: type[Excepti
     for entry in entries:
         if not -count <= entry < count:
             raise (too_many if entry >= 0 else GradientValueError)(
-                f"{transform}: argnums={argnums} needs at least {_needed(entry)} positional argument(s), but the call "
-                f"has {count}. Arguments passed by keyword cannot be differentiated: pass them by position."
+                f"{transform}: {option}={argnums} needs at least {_needed(entry)} positional argument(s), but the call "
+                f"has {count}. Arguments passed by keyword do not count: pass them by position."
             )
     positions = [entry % count for entry in entries]
     if len(set(positions)) < len(positions):
-        raise GradientValueError(f"{transform}: argnums={argnums} names an argument twice; the call has {count}.")
+        raise GradientValueError(f"{transform}: {option}={argnums} names an argument twice; the call has {count}.")
     return positions
 
 

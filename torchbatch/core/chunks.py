@@ -1,1 +1,66 @@
-"""stub"""
+"""Run a mapped function a few samples at a time, with the results of one run, random draws included."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+
+from torchbatch._torch import draws
+from torchbatch._torch.escape import Watch
+from torchbatch.core import batch
+from torchbatch.core.axes import Mapped
+from torchbatch.core.outputs import OutAxes
+
+
+def run(
+    call: Callable[..., Any],
+    mapped: Mapped,
+    size: int,
+    chunk_size: int,
+    name: Hashable,
+    randomness: str,
+    out: OutAxes,
+    watch: Watch,
+) -> Any:
+    """Map ``call`` over ``chunk_size`` samples at a time and join the results.
+
+    Every chunk begins with the state that the random generators had at first. Under ``randomness="same"`` it so draws what
+    every other chunk drew; under ``"different"`` a draw is made for all samples, of which the chunk takes its own.
+    """
+    state = draws.GeneratorState(mapped.values) if randomness != "error" else None
+    chunks: list[list[Any]] = []
+    for start in range(0, size, chunk_size):
+        length = min(chunk_size, size - start)
+        values = [value.narrow(axis, start, length) for value, axis in zip(mapped.values, mapped.axes, strict=True)]
+        if state is not None:
+            state.restore()
+        finish = _Finish(out)
+        part = draws.part_of(start, size, values) if randomness == "different" else contextlib.nullcontext()
+        with part:
+            chunks.append(batch.run(call, values, mapped.axes, length, name, randomness, finish, watch))
+    return finish.rebuild([_join(parts, how) for parts, how in zip(zip(*chunks, strict=True), finish.joins, strict=True)])
+
+
+class _Finish:
+    """Takes the leaves of one chunk out of its level and notes how each is to be joined with those of the others."""
+
+    def __init__(self, out: OutAxes) -> None:
+        self._out = out
+        self.joins: list[int | str] = []
+
+    def __call__(self, output: Any, level: int, size: int, inputs: Sequence[Any]) -> tuple[list[Any], int]:
+        leaves, axes, self.rebuild = self._out.open(output)
+        self.joins = [self._out.join(leaf, axis, level) for leaf, axis in zip(leaves, axes, strict=True)]
+        results = self._out.leaves(leaves, axes, level, size, output)
+        return results, sum(isinstance(x, torch.Tensor) for x in results)
+
+
+def _join(parts: Sequence[Any], how: int | str) -> Any:
+    if how == "once":
+        return parts[0]
+    if how == "sum":
+        return torch.stack(tuple(parts)).sum(0, dtype=parts[0].dtype)
+    return torch.cat(tuple(parts), dim=how)

@@ -219,9 +219,9 @@ def push(
     return found  # type: ignore[no-any-return]
 
 
-def vectorize(function: Callable[..., Any], out_dims: Any = 0) -> Callable[..., Any]:
+def vectorize(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` over axis 0 of its flat tensors; a random draw in it is the same for every row."""
-    return torch.func.vmap(function, out_dims=out_dims, randomness="same")
+    return torch.func.vmap(function, randomness="same")
 
 
 def float0_like(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -35,7 +35,7 @@ class OutAxes:
                     return result, 0
             return result, 1
         leaves, axes, rebuild = self.open(output)
-        results = [self._leaf(i, leaf, axis, level, size, output) for i, (leaf, axis) in enumerate(zip(leaves, axes))]
+        results = self.leaves(leaves, axes, level, size, output)
         known = {id(value) for value in inputs}
         return rebuild(results), sum(isinstance(x, _Tensor) and id(x) not in known for x in results)
 
@@ -48,6 +48,17 @@ class OutAxes:
         what = f"out_axes of {function_name(self._fun)}"
         axes = tree.broadcast_prefix(self.prefix.sealed, output, what=what, root="the output")
         return leaves, [axis if isinstance(axis, int) else None for axis in axes], structure.unflatten
+
+    def leaves(self, leaves: list[Any], axes: list[Axis], level: int, size: int, output: Any) -> list[Any]:
+        """Each leaf outside ``level``, with the mapped axis where its entry of ``axes`` says."""
+        return [self._leaf(i, leaf, axis, level, size, output) for i, (leaf, axis) in enumerate(zip(leaves, axes, strict=True))]
+
+    def join(self, leaf: Any, axis: Axis, level: int) -> int | str:
+        """How a leaf of several chunks becomes one: the axis to concatenate, ``"sum"``, or ``"once"`` if it is the same."""
+        if axis is not None:
+            return axis
+        varies = isinstance(leaf, _Tensor) and levels.unwrap_batched(leaf, level)[1] is not None
+        return "sum" if varies else "once"
 
     def _leaf(self, index: int, leaf: Any, axis: Axis, level: int, size: int, output: Any) -> Any:
         value = leaf if isinstance(leaf, _Tensor) else as_output(leaf)

@@ -220,10 +220,8 @@ def _describe(tree: Any) -> str:
     return f"{article} {name} with {count} child{'' if count == 1 else 'ren'}"
 
 
-def _metadata(tree: Any) -> str:
-    if optree.tree_is_leaf(tree, namespace=NAMESPACE) or tree is None:
-        return ""
-    return f" and metadata {_one_level(tree)[1]!r:.120}"
+def _metadata(node: Any) -> str:
+    return f" and metadata {_one_level(node)[1]!r:.120}"
 
 
 def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:

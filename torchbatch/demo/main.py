@@ -93,7 +93,7 @@ def check_device(name: str) -> torch.device:
     """The device called ``name``, or an error where this machine has none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise DemoError(
-            f"--device cuda: PyTorch {torch.__version__} finds no CUDA device on this machine; "
+            f"--device cuda: PyTorch {report.torch_version()} finds no CUDA device on this machine; "
             "use --device cpu, or install a PyTorch built for CUDA where there is a GPU"
         )
     return torch.device(name)

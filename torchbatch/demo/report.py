@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,9 +71,14 @@ def print_opening(model: nn.Module, digits: Digits, held_out: Digits, device: to
     """Say what runs, where, and on what."""
     size = sum(parameter.numel() for parameter in model.parameters())
     out = console()
-    out.print(f"[bold]torchbatch {tb.__version__}[/bold], PyTorch {torch.__version__}, {machine(device)}")
+    out.print(f"[bold]torchbatch {tb.__version__}[/bold], PyTorch {torch_version()}, {machine(device)}")
     out.print(f"A CNN of {size:,} parameters; {len(digits):,} handwritten digits to train on, {len(held_out)} held out")
     out.print()
+
+
+def torch_version() -> str:
+    """The version of PyTorch, with the build it is."""
+    return metadata.version("torch")
 
 
 def machine(device: torch.device) -> str:

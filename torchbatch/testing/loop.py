@@ -240,9 +240,7 @@ def _about(tree: Any) -> str:
 
 def _with_pieces(spec: Any, tree: Any, values: Iterator[Any]) -> Any:
     """The tree with other subtrees where ``spec`` has its leaves."""
-    if spec is None or type(spec) is int:
-        return next(values)
-    mine, theirs = _open(spec), _open(tree)
+    mine, theirs = None if spec is None else _open(spec), _open(tree)
     if mine is None or theirs is None:
         return next(values)
     rows = zip(mine.children, theirs.children, strict=True)
@@ -444,37 +442,52 @@ def _set_generators(states: list[torch.Tensor]) -> None:
 
 
 class _SharedTensor:
-    """A tensor that all samples share, watched for writes."""
+    """A tensor that all samples share, watched for writes.
+
+    Values are compared, not PyTorch's count of writes, which the running statistics of a batch norm do not move. Only
+    inside an outer ``vmap``, where a comparison has no one answer, the count has to do.
+    """
 
     def __init__(self, leaf: _Leaf) -> None:
         self.where, self.tensor = leaf
         self.before = self.tensor.detach().clone()
-        self.first: torch.Tensor | None = None
-        self.mark = self._mark()
+        self.written: torch.Tensor | None = None
+        self.count = self._count()
 
-    def _mark(self) -> int | None:
-        """A number that grows with every write, where the tensor counts them."""
+    def _count(self) -> int | None:
         return None if self.tensor.is_inference() else self.tensor._version
+
+    def _untouched(self) -> bool:
+        try:
+            return _same(self.tensor, self.before)
+        except RuntimeError:
+            return self._count() == self.count
 
     def after_sample(self) -> None:
         """Note what this sample wrote, and give the next one what this one got."""
-        unchanged = self.mark is not None and self._mark() == self.mark
-        now = self.before if unchanged else self.tensor.detach().clone()
-        self.first = now if self.first is None else self.first
-        if not _same(self.first, now):
+        now = self.before if self._untouched() else self.tensor.detach().clone()
+        self.written = now if self.written is None else self.written
+        if not _same(self.written, now):
             raise InPlaceError(
                 f"the samples write different values into {self.where}, which is not mapped and belongs to all of "
                 "them. Map it, or write into a copy."
             )
-        self.put(self.before)
+        self.restore()
 
-    def put(self, value: torch.Tensor | None) -> None:
-        """Write a value, if it is not there."""
-        unchanged = value is self.before and self.mark is not None and self._mark() == self.mark
-        if value is not None and not unchanged and not _same(self.tensor, value):
-            with torch.no_grad():
-                self.tensor.copy_(value)
-        self.mark = self._mark()
+    def restore(self) -> None:
+        """The tensor as it was before the call."""
+        if not self._untouched():
+            self._put(self.before)
+
+    def keep(self) -> None:
+        """The tensor as every sample left it."""
+        if self.written is not None and self.written is not self.before:
+            self._put(self.written)
+
+    def _put(self, value: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.tensor.copy_(value)
+        self.count = self._count()
 
 
 class _Shared:
@@ -496,12 +509,12 @@ class _Shared:
             yield
         finally:
             for tensor in self.tensors:
-                tensor.put(tensor.before)
+                tensor.restore()
 
     def keep_common_writes(self) -> None:
         """What all samples wrote alike stays."""
         for tensor in self.tensors:
-            tensor.put(tensor.first)
+            tensor.keep()
 
 
 def _shared_parts(piece: _Piece, leaf: _Leaf) -> list[_Leaf]:
@@ -533,8 +546,7 @@ def _joined(outputs: list[Any], extra: list[Any], spec: Any, sum_match: bool) ->
 def _joined_leaf(column: list[_Leaf], axis: int | None, size: int, sum_match: bool) -> Any:
     where = f"the output{column[0].where}"
     first = column[0].value
-    same = all(_same(first, leaf.value) for leaf in column)
-    if axis is None and same:
+    if axis is None and all(_same(first, leaf.value) for leaf in column):
         return first
     tensors = [_as_tensor(leaf.value) for leaf in column]
     if any(tensor is None for tensor in tensors):
@@ -565,4 +577,6 @@ def _same(a: Any, b: Any) -> bool:
         return type(a) is type(b) and bool(a == b)
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
+    if torch.equal(x, y):
+        return True
     return bool(((x == y) | ((x != x) & (y != y))).all())

@@ -156,7 +156,8 @@ def _columns(split: Split, primals: Primals, outputs: Outputs) -> Any:
     """As :func:`push` along every unit tangent, with an axis for those in front of the tangents."""
     basis = standard_basis(primals.tensors)
     if basis[0].shape[0]:
-        return vectorize(lambda *t: push(split, primals, outputs, t), (None, 0, None))(*basis)
+        values, columns, others = vectorize(lambda *tangents: push(split, primals, outputs, tangents))(*basis)
+        return [value[0] for value in values], columns, [other[0] for other in others]
     values, _, others = push(split, primals, outputs, tuple(primals.tensors))
     return values, [value.new_zeros(0, *value.shape) for value in values], others
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from torchbatch._torch import explain, factories, traced
-from torchbatch._torch.escape import Watch
+from torchbatch._torch import draws, explain, factories, traced
+from torchbatch._torch.escape import watch_of
 from torchbatch.core import axes as axes_
 from torchbatch.core import batch, chunks
 from torchbatch.core.describe import function_name
@@ -20,6 +20,8 @@ from torchbatch.errors import AxisError, AxisSpecError, TorchbatchError
 
 _Tensor = torch.Tensor
 _is_compiling = torch.compiler.is_compiling
+_ABOUT = ("__module__", "__name__", "__qualname__", "__doc__", "__annotations__")
+_ONE_AXIS = {axis: axes_.InAxes(axis) for axis in range(-3, 4)}
 _RANDOMNESS = ("error", "different", "same")
 
 
@@ -94,13 +96,20 @@ class Vmapped:
         self._recipe = (fun, in_axes, out_axes, *options)
         self._name, self._size, _, sum_match, self._randomness, self._chunk_size = options
         self._fun = explain.uncompiled(fun)
-        self._in = axes_.InAxes(in_axes)
+        self._in = _ONE_AXIS.get(in_axes) if type(in_axes) is int else None
+        if self._in is None:
+            self._in = axes_.InAxes(in_axes)
         self._out = OutAxes(out_axes, bool(sum_match), fun)
         self._finish = self._out.finish
-        self._watch = Watch()
+        self._watch = watch_of(self._fun)
         self._plain_axes = self._in.flat if self._chunk_size is None and self._size is None else ()
         self._every_axis = self._in.single.axes[0] if self._plain_axes is None and self._in.single else None
-        functools.update_wrapper(self, fun, updated=())
+        about = self.__dict__
+        for name in _ABOUT:
+            value = getattr(fun, name, None)
+            if value is not None:
+                about[name] = value
+        about["__wrapped__"] = fun
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if _is_compiling():
@@ -132,7 +141,9 @@ class Vmapped:
             return fun(*positional, **keywords)
 
         if self._chunk_size is not None and self._chunk_size < size:
-            return chunks.run(call, mapped, size, self._chunk_size, self._name, self._randomness, self._out)
+            return chunks.run(
+                call, mapped, size, self._chunk_size, self._name, self._randomness, self._out, self._watch
+            )
         return batch.run(
             call, mapped.values, mapped.axes, size, self._name, self._randomness, self._finish, self._watch
         )

@@ -1,0 +1,264 @@
+"""Run a function without keeping what its derivative needs, and run it again when the derivative is asked for.
+
+PyTorch's own checkpoint works with hooks on saved tensors, which its transforms do not support. Here the first run
+happens on detached tensors, one ``autograd.Function`` ties its outputs to its inputs, and the backward pass of that
+Function runs the pullback of a second run. Tensors that the function closes over are inputs too: the first run notes
+every tensor that an operation sees and that is neither an argument nor the result of another operation, and the second
+run has the Function's own inputs in their place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from torchbatch._torch import wrappers
+from torchbatch.core.argnums import alias, flatten
+from torchbatch.core.derivative import is_inexact
+from torchbatch.errors import UnsupportedOperationError
+
+
+class Surroundings:
+    """The random state and the autocast settings at one moment, to be had again later."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
+        self.cpu_state = torch.get_rng_state()
+        self.cuda_states = [torch.cuda.get_rng_state(device) for device in self.devices]
+        kinds = ["cpu", *(["cuda"] if self.devices else [])]
+        self.autocast = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds
+        ]
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Run with the same random numbers and the same autocast, then put everything back."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(self.devices))
+            for kind, dtype, enabled in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+            torch.set_rng_state(self.cpu_state)
+            for device, state in zip(self.devices, self.cuda_states, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
+class _Running(threading.local):
+    mode: Swap | None = None
+
+
+_running = _Running()
+
+
+class Swap(TorchFunctionMode):
+    """Give every operation other tensors in the place of known ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = _running.mode
+        self.instead: dict[int, torch.Tensor] = {}
+        self.level = wrappers.depth()
+
+    def __enter__(self) -> Any:
+        _running.mode = self
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _running.mode = self.outer
+        super().__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = self._swapped((args, kwargs or {}))
+        result = func(*args, **kwargs)
+        self.note(flatten(result)[0])
+        return result
+
+    def _swapped(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.replace(value if self.outer is None else self.outer._swapped(value))
+        if isinstance(value, dict):
+            return {key: self._swapped(item) for key, item in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)([self._swapped(item) for item in value])
+        return value
+
+    def replace(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor that an operation gets for ``tensor``."""
+        return self.instead.get(id(tensor), tensor)
+
+    def note(self, results: Sequence[Any]) -> None:
+        """Look at what an operation returned."""
+
+
+class FirstRun(Swap):
+    """Detach what comes from outside, and note it."""
+
+    def __init__(self, arguments: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.outside: list[torch.Tensor] = []
+        self.stand_ins: list[torch.Tensor] = []
+        self.known: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+        for tensor in arguments:
+            self.admit(tensor)
+
+    def admit(self, tensor: torch.Tensor) -> None:
+        """Note a tensor from outside and make a detached stand-in for it."""
+        inside = tensor.detach()
+        self.outside.append(tensor)
+        self.stand_ins.append(inside)
+        self.instead[id(tensor)] = self.instead[id(inside)] = inside
+
+    def replace(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The stand-in for a tensor from outside; else the tensor itself."""
+        if id(tensor) not in self.instead and id(tensor) not in self.known:
+            *_, base = wrappers.layers(tensor, self.level)
+            if id(base) not in self.instead and id(base) not in self.known:
+                self.admit(base)
+        return self.instead.get(id(tensor), tensor)
+
+    def note(self, results: Sequence[Any]) -> None:
+        """Remember the results of operations, which are not from outside."""
+        for leaf in results:
+            if isinstance(leaf, torch.Tensor):
+                self.known[id(leaf)] = leaf
+        if self.outer is not None:
+            self.outer.note(results)
+
+
+class SecondRun(Swap):
+    """Put other tensors in the place of those that the first run noted."""
+
+    def __init__(self, outside: Sequence[torch.Tensor], instead: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.instead = {id(old): new for old, new in zip(outside, instead, strict=True)}
+        self.new = {id(tensor) for tensor in instead}
+
+    def replace(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor in the place of ``tensor``."""
+        for layer in wrappers.layers(tensor, self.level):
+            if id(layer) in self.new:
+                return tensor
+            if id(layer) in self.instead:
+                if layer is tensor:
+                    return self.instead[id(layer)]
+                raise UnsupportedOperationError(
+                    f"checkpoint: the function hands a tensor of shape {list(layer.shape)} that it closes over straight "
+                    f"to a transform such as vmap or grad. Make that tensor an argument of the checkpointed function."
+                )
+        return tensor
+
+
+class Segment:
+    """One call of a checkpointed function."""
+
+    def __init__(self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.fun = fun
+        self.leaves, self.structure = flatten((args, kwargs))
+        self.positions = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
+
+    def run(self) -> Any:
+        """The output of the function, tied to everything that it depends on."""
+        arguments = [self.leaves[i] for i in self.positions]
+        self.surroundings = Surroundings(arguments)
+        first = FirstRun(arguments)
+        leaves, structure = self._call(first, first.stand_ins)
+        self.outside = first.outside
+        inexact = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and is_inexact(leaf)]
+        values = [leaves[i] for i in inexact]
+        tied = Tie.apply(self, len(values), *values, *self.outside) if values else ()
+        if first.outer is not None:
+            first.outer.note(tied)
+        for i, value in zip(inexact, tied, strict=True):
+            leaves[i] = value
+        return structure.unflatten(leaves)
+
+    def again(self, instead: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The inexact outputs with other tensors in the place of those from outside."""
+        with self.surroundings.again():
+            leaves, _ = self._call(SecondRun(self.outside, instead), instead)
+        return tuple([leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and is_inexact(leaf)])
+
+    def _call(self, mode: Swap, tensors: Sequence[torch.Tensor]) -> tuple[list[Any], Any]:
+        leaves = list(self.leaves)
+        for i, tensor in zip(self.positions, tensors, strict=False):
+            leaves[i] = tensor
+        args, kwargs = self.structure.unflatten(leaves)  # type: ignore[misc]
+        with mode:
+            return flatten(self.fun(*args, **kwargs))
+
+    def pull(
+        self, inputs: Sequence[torch.Tensor], wanted: Sequence[int], cotangents: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor | None]:
+        """Cotangents of the ``wanted`` inputs, None for the others."""
+
+        def flat(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self.again(_placed(inputs, wanted, values))
+
+        _, pull = torch.func.vjp(flat, *[inputs[i] for i in wanted])[:2]
+        found: list[torch.Tensor | None] = [None] * len(inputs)
+        for i, value in zip(wanted, pull(tuple(cotangents)), strict=True):
+            found[i] = value
+        return found
+
+    def push(
+        self, inputs: Sequence[torch.Tensor], wanted: Sequence[int], tangents: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """Tangents of the outputs along tangents of the ``wanted`` inputs."""
+
+        def flat(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self.again(_placed(inputs, wanted, values))
+
+        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):  # turns forward mode on
+            inputs = [forward_ad.unpack_dual(tensor).primal for tensor in inputs]
+            primals = tuple([inputs[i] for i in wanted])
+            return torch.func.jvp(flat, primals, tuple(tangents))[1]  # type: ignore[no-any-return]
+
+
+def _placed(
+    inputs: Sequence[torch.Tensor], wanted: Sequence[int], values: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    found = [alias(tensor) for tensor in inputs]
+    for i, value in zip(wanted, values, strict=True):
+        found[i] = value
+    return found
+
+
+class Tie(torch.autograd.Function):
+    """From values computed beforehand, and the tensors they depend on, to outputs with derivatives by recomputation."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(segment: Segment, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The values."""
+        return tuple([value.view_as(value) for value in tensors[:count]])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep the inputs, and not the values."""
+        ctx.segment, ctx.count, *tensors = inputs
+        ctx.save_for_backward(*tensors[ctx.count :])
+        ctx.save_for_forward(*tensors[ctx.count :])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        """The pullback of a second run."""
+        start = 2 + ctx.count
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[start:]) if needed]
+        inputs = [wrappers.alive(tensor) for tensor in ctx.saved_tensors]
+        return (*[None] * start, *ctx.segment.pull(inputs, wanted, cotangents))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """The pushforward of a second run."""
+        given = tangents[2 + ctx.count :]
+        wanted = [i for i, tangent in enumerate(given) if tangent is not None]
+        inputs = [wrappers.alive(tensor) for tensor in ctx.saved_tensors]
+        return ctx.segment.push(inputs, wanted, [given[i] for i in wanted])
