@@ -12,7 +12,8 @@ release = version = torchbatch.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
-nitpicky = False
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(jax|optree|torch)\..*")]  # documented elsewhere
 
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"

@@ -253,16 +253,17 @@ def test_a_value_that_outlives_its_vmap():
         keep_then_use(vmap, X)
 
 
+@torch.library.custom_op("torchbatch_tests::reversed", mutates_args=())
+def reversed_copy(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(0).clone()
+
+
 def test_an_operator_without_a_batching_rule():
-    batch = torch.rand(3, 8)
-    if AS_ON_THE_PAGE:
-        with pytest.warns(UserWarning):
-            tvmap(torch.histc)(batch)
+    assert torch.equal(tvmap(reversed_copy)(X), X.flip(1))
+    with torchbatch.fallback("silent"):
+        assert torch.equal(vmap(reversed_copy)(X), X.flip(1))
     with pytest.raises(RuntimeError), torchbatch.fallback("error"):
-        vmap(torch.histc)(batch)
-    with pytest.warns(torchbatch.errors.FallbackWarning), torchbatch.fallback("warn"):
-        ours = vmap(torch.histc)(batch)
-    assert torch.equal(ours, torch.stack([torch.histc(x) for x in batch]))
+        vmap(reversed_copy)(X)
 
 
 def test_roll_on_single_numbers():
@@ -302,3 +303,33 @@ def test_pickle():
             pickle.dumps(theirs(torch.nn.functional.relu))
     ours = pickle.loads(pickle.dumps(vmap(torch.nn.functional.relu)))
     assert torch.equal(ours(X - 1), torch.relu(X - 1))
+
+
+class Twice(torch.autograd.Function):
+    """Has a batching rule of its own, which notes the batch sizes that it was given."""
+
+    sizes: list[int] = []  # noqa: RUF012
+
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        Twice.sizes.append(info.batch_size)
+        return Twice.apply(x), in_dims[0]
+
+
+def test_the_vmap_method_of_a_function_is_what_custom_vmap_is_in_jax():
+    Twice.sizes.clear()
+    assert torch.equal(vmap(Twice.apply)(X), 2 * X)
+    assert Twice.sizes == [3]
+    assert torch.equal(vmap(torch.func.grad(lambda x: Twice.apply(x).sum()))(X), torch.full((3, 2), 2.0))

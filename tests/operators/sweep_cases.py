@@ -45,7 +45,7 @@ class Verdict(NamedTuple):
     detail: str = ""
 
 
-OPERATORS = {op.full_name if not op.variant_test_name else f"{op.name}.{op.variant_test_name}": op for op in op_db}
+OPERATORS = {f"{op.name}.{op.variant_test_name}".rstrip("."): op for op in op_db if op.supported_dtypes("cpu")}
 
 
 def dtype_of(op: Any) -> torch.dtype:
@@ -155,7 +155,7 @@ def check(case: Case, vmap: Callable[..., Any], dtype: torch.dtype | None = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             got, out_axes = _mapped(call, sample, case, vmap, expected)
-        slow = any("performance drop" in str(w.message) or "slow" in str(w.message) for w in caught)
+        slow = any("performance drop" in str(w.message) or w.category.__name__ == "FallbackWarning" for w in caught)
     except Exception as error:
         if isinstance(expected, Ragged):
             return Verdict("ragged", f"{type(error).__name__}: {_short(error)}")

@@ -80,31 +80,33 @@ class Split:
     such a tensor may be written in place there, and the caller sees what was written.
     """
 
-    __slots__ = ("fun", "others", "picked", "positions", "structure")
+    __slots__ = ("fun", "keywords", "others", "picked", "positions")
 
     def __init__(self, fun: Callable[..., Any], positions: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.fun = fun
         self.positions = positions
         self.picked = args
-        self.others, self.structure = None, None
-        if kwargs or len(args) > 1 or len(positions) > 1:
+        self.others = self.keywords = None
+        if kwargs:
+            self.keywords = flatten(kwargs)
+        if len(args) > 1:
             self.picked = tuple([args[i] for i in positions])
-            rest = [arg for i, arg in enumerate(args) if i not in positions]
-            self.others, self.structure = flatten((rest, kwargs))
+            if len(args) > len(positions):
+                self.others = flatten([arg for i, arg in enumerate(args) if i not in positions])
 
     def __call__(self, *picked: Any) -> Any:
         """The function at other values of the picked arguments."""
-        if self.others is None or self.structure is None:
-            return self.fun(*picked)
-        rest, kwargs = unflatten(self.structure, [alias(leaf) for leaf in self.others])
-        return self.fun(*self._ordered(picked, rest), **kwargs)
+        kwargs = {} if self.keywords is None else _aliased(*self.keywords)
+        if len(picked) > 1 or self.others is not None:
+            picked = self._ordered(picked, () if self.others is None else _aliased(*self.others))
+        return self.fun(*picked, **kwargs)
 
-    def _ordered(self, picked: Sequence[Any], rest: Sequence[Any]) -> Sequence[Any]:
+    def _ordered(self, picked: tuple[Any, ...], rest: Sequence[Any]) -> tuple[Any, ...]:
         if len(picked) == 1 and self.positions[0] == 0:
-            return [*picked, *rest]
+            return (*picked, *rest)
         by_position = dict(zip(self.positions, picked, strict=True))
         others = iter(rest)
-        return [by_position[i] if i in by_position else next(others) for i in range(len(picked) + len(rest))]
+        return tuple([by_position[i] if i in by_position else next(others) for i in range(len(picked) + len(rest))])
 
     def names(self) -> list[str]:
         """What messages call each leaf of the picked arguments, e.g. ``params['w']``."""
@@ -128,6 +130,10 @@ def alias(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not leaf.is_nested:
         return leaf[...]
     return leaf
+
+
+def _aliased(leaves: Sequence[Any], structure: tree.TreeDef) -> Any:
+    return structure.unflatten([alias(leaf) for leaf in leaves])
 
 
 def leaf_names(roots: Sequence[str], values: Sequence[Any]) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 
 from torchbatch._torch.escape import Watch, counts, deaths
 from torchbatch._torch.levels import add_batch_dim, enter_level, leave_level
-from torchbatch._torch.overlay import KEY, include
+from torchbatch._torch.overlay import KEY, WRITES_KEY, include, is_included
 from torchbatch.core.frames import in_scope
 
 # ``finish(output, level, size, values)`` takes the results out of the level and says how many of their tensors are new.
@@ -25,13 +25,26 @@ def run(
     randomness: str,
     finish: Finish,
     watch: Watch,
+    writes: bool,
 ) -> Any:
-    """``finish`` of ``call(*values)`` with each value's axis mapped; the level is closed whatever happens."""
+    """``finish`` of ``call(*values)`` with each value's axis mapped; the level is closed whatever happens.
+
+    Args:
+        call: what is mapped.
+        values, axes: tensors, each with the axis that is mapped; a value whose axis is None is handed on as it is.
+        size, name, randomness: of the mapped axis.
+        finish: takes the results out of the level.
+        watch: looks for values that escaped.
+        writes: whether ``call`` may write into tensors that it makes.
+    """
     stack = in_scope.stack
     before = counts()
     level = enter_level(size, randomness)
     if not stack:
         include(KEY, True)
+    made_writable = writes and not is_included(WRITES_KEY)
+    if made_writable:
+        include(WRITES_KEY, True)
     stack.append((name, size, level))
     new = -1
     try:
@@ -46,6 +59,8 @@ def run(
         stack.pop()
         if not stack:
             include(KEY, False)
+        if made_writable:
+            include(WRITES_KEY, False)
         leave_level()
         after = counts()
         if after[0] - before[0] - new != watch.allowed or after[1] != before[1] or deaths.seen:

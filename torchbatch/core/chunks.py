@@ -24,6 +24,7 @@ def run(
     randomness: str,
     out: OutAxes,
     watch: Watch,
+    writes: bool,
 ) -> Any:
     """Map ``call`` over ``chunk_size`` samples at a time and join the results.
 
@@ -40,7 +41,7 @@ def run(
         finish = _Finish(out)
         part = draws.part_of(start, size, values) if randomness == "different" else contextlib.nullcontext()
         with part:
-            chunks.append(batch.run(call, values, mapped.axes, length, name, randomness, finish, watch))
+            chunks.append(batch.run(call, values, mapped.axes, length, name, randomness, finish, watch, writes))
     return finish.rebuild([_join(parts, how) for parts, how in zip(zip(*chunks, strict=True), finish.joins, strict=True)])
 
 

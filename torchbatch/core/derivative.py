@@ -173,8 +173,10 @@ def split_aux(result: Any, transform: str) -> tuple[Any, Any]:
     if isinstance(result, tuple | list) and len(result) == 2:
         return result[0], result[1]
     got = f"{type(result).__name__} of length {len(result)}" if isinstance(result, tuple | list) else describe(result)
-    raise GradientTypeError(f"{transform}: with has_aux=True the function must return a pair (output, aux), but it "
-                            f"returned a {got.removeprefix('a ')}.")
+    raise GradientTypeError(
+        f"{transform}: with has_aux=True the function must return a pair (output, aux), but it "
+        f"returned a {got.removeprefix('a ')}."
+    )
 
 
 class Pullback(NamedTuple):

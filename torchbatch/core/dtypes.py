@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -30,20 +30,20 @@ def check_reverse_inputs(primals: Primals, transform: str, holomorphic: bool, al
 
 
 def check_reverse_outputs(
-    outputs: Sequence[torch.Tensor], names: Sequence[str], transform: str, holomorphic: bool
+    outputs: Sequence[torch.Tensor], names: Callable[[], Sequence[str]], transform: str, holomorphic: bool
 ) -> None:
     """Refuse outputs that are not real, or under ``holomorphic`` not complex."""
-    for output, name in zip(outputs, names, strict=True):
+    for i, output in enumerate(outputs):
         if holomorphic:
             if not output.is_complex():
-                raise GradientTypeError(_not_complex(name, output, transform))
+                raise GradientTypeError(_not_complex(names()[i], output, transform))
         elif output.is_complex():
             raise GradientTypeError(
-                f"{transform} needs a real output, but {name} has dtype {_name(output)}. Return a real number such as "
-                f"z.abs(), pass holomorphic=True if the function is holomorphic, or use vjp."
+                f"{transform} needs a real output, but {names()[i]} has dtype {_name(output)}. Return a real number "
+                f"such as z.abs(), pass holomorphic=True if the function is holomorphic, or use vjp."
             )
         elif not output.is_floating_point():
-            raise GradientTypeError(_no_derivative(name, output, transform, "vjp"))
+            raise GradientTypeError(_no_derivative(names()[i], output, transform, "vjp"))
 
 
 def check_forward_inputs(primals: Primals, transform: str, holomorphic: bool) -> None:
@@ -61,14 +61,14 @@ def check_forward_inputs(primals: Primals, transform: str, holomorphic: bool) ->
 
 
 def check_forward_outputs(
-    outputs: Sequence[torch.Tensor], names: Sequence[str], transform: str, holomorphic: bool
+    outputs: Sequence[torch.Tensor], names: Callable[[], Sequence[str]], transform: str, holomorphic: bool
 ) -> None:
     """Refuse integers, and under ``holomorphic`` what is not complex."""
-    for output, name in zip(outputs, names, strict=True):
+    for i, output in enumerate(outputs):
         if holomorphic and not output.is_complex():
-            raise GradientTypeError(_not_complex(name, output, transform))
+            raise GradientTypeError(_not_complex(names()[i], output, transform))
         if not is_inexact(output):
-            raise GradientTypeError(_no_derivative(name, output, transform, "jvp"))
+            raise GradientTypeError(_no_derivative(names()[i], output, transform, "jvp"))
 
 
 def _no_derivative(name: str, output: torch.Tensor, transform: str, instead: str) -> str:

@@ -104,5 +104,4 @@ def tree_difference(wanted: Any, given: Any, wanted_name: str, given_name: str) 
     if missing or extra:
         lacking, name = (missing, wanted_name) if missing else (extra, given_name)
         return f"{name}{lacking} has no counterpart in the {given_name if missing else wanted_name}"
-    structures = [str(tree.flatten(value)[1]).removeprefix("PyTreeSpec(").partition(", namespace")[0] for value in (wanted, given)]
-    return f"the {wanted_name} has {structures[0]} and the {given_name} has {structures[1]}"
+    return f"one is {tree.flatten(wanted)[1]} and the other {tree.flatten(given)[1]}"

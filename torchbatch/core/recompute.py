@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from torchbatch._torch import wrappers
-from torchbatch.core.argnums import alias, flatten
+from torchbatch.core.argnums import alias, flatten, unflatten
 from torchbatch.core.derivative import is_inexact
 from torchbatch.errors import UnsupportedOperationError
 
@@ -33,9 +33,7 @@ class Surroundings:
         self.cpu_state = torch.get_rng_state()
         self.cuda_states = [torch.cuda.get_rng_state(device) for device in self.devices]
         kinds = ["cpu", *(["cuda"] if self.devices else [])]
-        self.autocast = [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds
-        ]
+        self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -68,11 +66,11 @@ class Swap(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         _running.mode = self
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         _running.mode = self.outer
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = self._swapped((args, kwargs or {}))
@@ -149,8 +147,9 @@ class SecondRun(Swap):
                 if layer is tensor:
                     return self.instead[id(layer)]
                 raise UnsupportedOperationError(
-                    f"checkpoint: the function hands a tensor of shape {list(layer.shape)} that it closes over straight "
-                    f"to a transform such as vmap or grad. Make that tensor an argument of the checkpointed function."
+                    f"checkpoint: the function hands a tensor of shape {list(layer.shape)} that it closes over "
+                    f"straight to a transform such as vmap or grad. Make that tensor an argument of the checkpointed "
+                    f"function."
                 )
         return tensor
 
@@ -172,7 +171,7 @@ class Segment:
         self.outside = first.outside
         inexact = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and is_inexact(leaf)]
         values = [leaves[i] for i in inexact]
-        tied = Tie.apply(self, len(values), *values, *self.outside) if values else ()
+        tied = Tie.apply(self, len(values), *values, *self.outside) if values else ()  # type: ignore[no-untyped-call]
         if first.outer is not None:
             first.outer.note(tied)
         for i, value in zip(inexact, tied, strict=True):
@@ -189,7 +188,7 @@ class Segment:
         leaves = list(self.leaves)
         for i, tensor in zip(self.positions, tensors, strict=False):
             leaves[i] = tensor
-        args, kwargs = self.structure.unflatten(leaves)  # type: ignore[misc]
+        args, kwargs = unflatten(self.structure, leaves)
         with mode:
             return flatten(self.fun(*args, **kwargs))
 
@@ -216,7 +215,7 @@ class Segment:
             return self.again(_placed(inputs, wanted, values))
 
         with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):  # turns forward mode on
-            inputs = [forward_ad.unpack_dual(tensor).primal for tensor in inputs]
+            inputs = [forward_ad.unpack_dual(tensor).primal for tensor in inputs]  # type: ignore[no-untyped-call]
             primals = tuple([inputs[i] for i in wanted])
             return torch.func.jvp(flat, primals, tuple(tangents))[1]  # type: ignore[no-any-return]
 

@@ -15,8 +15,8 @@ class Wrapper:
     """A callable around ``fun`` with its name, docstring, signature and ``__wrapped__``.
 
     A subclass says in ``options`` what it was made with: ``type(self)(fun, *options)`` must make an equal wrapper.
-    It pickles where ``fun`` does (by name, where it took the place of ``fun``), and binds as a method where it decorates
-    one.
+    It pickles where ``fun`` does (by name, where it took the place of ``fun``), and binds as a method where it
+    decorates one.
     """
 
     __wrapped__: Callable[..., Any]

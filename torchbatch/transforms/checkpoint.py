@@ -59,8 +59,8 @@ def checkpoint(
     positional.check_callable(fun, "checkpoint")
     if policy is not None:
         raise GradientValueError(
-            f"checkpoint: policy must be None, but it is {policy!r}. Everything inside is recomputed; call checkpoint on "
-            f"a smaller part of the function to keep the rest."
+            f"checkpoint: policy must be None, but it is {policy!r}. Everything inside is recomputed; call checkpoint "
+            f"on a smaller part of the function to keep the rest."
         )
     names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
     if not all(isinstance(name, str) for name in names):

@@ -180,7 +180,7 @@ class ValueAndGrad(Wrapper):
                 f"loss.sum() or loss.mean(), or use jacrev for the derivative of every element."
             )
         if self.holomorphic or not output.is_floating_point():
-            check_reverse_outputs([output], ["the output"], self.transform, self.holomorphic)
+            check_reverse_outputs([output], lambda: ["the output"], self.transform, self.holomorphic)
         return output
 
     def _number(self, output: Any) -> torch.Tensor:

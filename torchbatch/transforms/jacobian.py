@@ -138,9 +138,9 @@ class JacFwd(Wrapper):
         check_forward_inputs(primals, "jacfwd", self.holomorphic)
         outputs = Outputs(self.has_aux, "jacfwd")
         values, columns, others = _columns(split, primals, outputs)
-        names = outputs.names()
-        check_forward_outputs(outputs.merge_flat(values, outputs.discrete(others)), names, "jacfwd", self.holomorphic)
-        blocks = [self._blocks(column, primals) for column, _ in zip(columns, names, strict=False)]
+        flat = outputs.merge_flat(values, outputs.discrete(others))
+        check_forward_outputs(flat, outputs.names, "jacfwd", self.holomorphic)
+        blocks = [self._blocks(column, primals) for column in columns[: len(flat)]]
         jacobian = outputs.structure.unflatten(blocks)
         return (jacobian, outputs.give(values, others)[1]) if self.has_aux else jacobian
 
@@ -179,7 +179,7 @@ class JacRev(Wrapper):
         pulled = reverse(split, primals, self.has_aux, "jacrev")
         outputs = pulled.outputs
         flat = outputs.merge_flat(pulled.values, outputs.discrete(pulled.others))
-        check_reverse_outputs(flat, outputs.names(), "jacrev", self.holomorphic)
+        check_reverse_outputs(flat, outputs.names, "jacrev", self.holomorphic)
         sizes = [output.numel() for output in flat]
         rows = [torch.split(row, sizes) for row in _rows(pulled, primals, flat)]
         blocks = [self._blocks(output.shape, [row[i] for row in rows], primals) for i, output in enumerate(flat)]

@@ -16,6 +16,7 @@ from torchbatch.core import axes as axes_
 from torchbatch.core import batch, chunks
 from torchbatch.core.describe import function_name
 from torchbatch.core.outputs import OutAxes
+from torchbatch.core.writes import may_write
 from torchbatch.errors import AxisError, AxisSpecError, TorchbatchError
 
 _Tensor = torch.Tensor
@@ -102,6 +103,7 @@ class Vmapped:
         self._out = OutAxes(out_axes, bool(sum_match), fun)
         self._finish = self._out.finish
         self._watch = watch_of(self._fun)
+        self._writes = may_write(self._fun)
         self._plain_axes = self._in.flat if self._chunk_size is None and self._size is None else ()
         self._every_axis = self._in.single.axes[0] if self._plain_axes is None and self._in.single else None
         about = self.__dict__
@@ -121,7 +123,7 @@ class Vmapped:
                     axes = (self._every_axis,) * len(args)
                 size = _plain_size(args, axes)
                 if size is not None:
-                    return batch.run(self._fun, args, axes, size, self._name, self._randomness, self._finish, self._watch)
+                    return batch.run(self._fun, args, axes, size, self._name, self._randomness, self._finish, self._watch, self._writes)
             return self._general(args, kwargs)
         except TorchbatchError:
             raise
@@ -142,10 +144,10 @@ class Vmapped:
 
         if self._chunk_size is not None and self._chunk_size < size:
             return chunks.run(
-                call, mapped, size, self._chunk_size, self._name, self._randomness, self._out, self._watch
+                call, mapped, size, self._chunk_size, self._name, self._randomness, self._out, self._watch, self._writes
             )
         return batch.run(
-            call, mapped.values, mapped.axes, size, self._name, self._randomness, self._finish, self._watch
+            call, mapped.values, mapped.axes, size, self._name, self._randomness, self._finish, self._watch, self._writes
         )
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

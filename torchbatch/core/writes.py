@@ -1,0 +1,211 @@
+"""Whether a function may write into a tensor that it makes, read off its code.
+
+Tensors made inside a mapped function can be written with per-sample values; that takes a look at every tensor that is made,
+PyTorch's own temporaries included, which would make functions slower that never write. So the code is read first: the
+function, what it calls by name, what it closes over, the ``forward`` of its modules. Where something cannot be followed, the
+answer is yes.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import functools
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+_FOLLOWED = (3, 11) <= sys.version_info[:2] <= (3, 13)
+_MOST = 4096
+_MANY = 200  # how many functions and modules are followed before the answer is simply yes
+
+
+def may_write(fun: Callable[..., Any]) -> bool:
+    """False only if nothing that ``fun`` is seen to call writes in place, gives ``out=``, or is unknown."""
+    if not _FOLLOWED:
+        return True
+    waiting: list[Any] = [fun]
+    seen: set[int] = set()
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if len(seen) > _MANY:
+            return True
+        reached = _reach(thing)
+        if reached is None:
+            return True
+        waiting += reached
+    return False
+
+
+def _reach(thing: Any) -> list[Any] | None:
+    """What calling ``thing`` may call in turn; None if it may write, or cannot be followed."""
+    if isinstance(thing, functools.partial):
+        return [thing.func, *thing.args, *thing.keywords.values()]
+    if isinstance(thing, types.MethodType) and isinstance(thing.__func__, types.FunctionType):
+        return _reach_function(thing.__func__, thing.__self__)
+    if isinstance(thing, torch.nn.Module):
+        return _reach_module(thing)
+    if isinstance(thing, types.FunctionType):
+        return _reach_function(thing, None)
+    if isinstance(thing, tuple | list):
+        return [item for item in thing if callable(item)]
+    if isinstance(thing, dict):
+        return [item for item in thing.values() if callable(item)]
+    if _is_harmless(thing):
+        return []
+    inner = getattr(thing, "__wrapped__", None)
+    return [inner] if inner is not None and _is_library(type(thing)) else None
+
+
+def _is_harmless(thing: Any) -> bool:
+    """Whether ``thing`` is no Python code of the user's: data, a module of functions, a built-in, a class of a library."""
+    if isinstance(thing, torch.Tensor | types.ModuleType | types.BuiltinFunctionType | types.MethodDescriptorType):
+        return True
+    if isinstance(thing, type):
+        return thing.__module__ == "builtins" or _is_library(thing)
+    return not callable(thing) or _is_library(thing) or getattr(builtins, getattr(thing, "__name__", ""), None) is thing
+
+
+def _is_library(thing: Any) -> bool:
+    return _in_library(getattr(thing, "__module__", None) or "")
+
+
+def _in_library(module: str) -> bool:
+    return module.partition(".")[0] in ("torch", "numpy", "math", "operator", "builtins", "torchbatch")
+
+
+def _reach_module(module: torch.nn.Module) -> list[Any] | None:
+    own = [m for m in module.modules() if not _is_library(type(m))]
+    hooks = [hook for m in module.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    if any(getattr(m, "inplace", False) for m in module.modules()):
+        return None
+    return [*(m.forward for m in own), *hooks]
+
+
+def _reach_function(fun: types.FunctionType, owner: Any) -> list[Any] | None:
+    cells = dict(zip(fun.__code__.co_freevars, fun.__closure__ or (), strict=True))
+    closed = [cell.cell_contents for cell in cells.values() if cell != types.CellType()]
+    if _in_library(fun.__globals__.get("__name__", "")):
+        return [item for item in closed if callable(item)]
+    facts = _facts(fun.__code__)
+    if facts is None:
+        return None
+    named = []
+    for path in facts.calls:
+        found = _resolve(path, fun.__globals__)
+        if found is _UNKNOWN:
+            return None
+        named.append(found)
+    for name in facts.own:
+        if owner is None or not hasattr(owner, name):
+            return None
+        named.append(getattr(owner, name))
+    return [*closed, *named, *(fun.__defaults__ or ())]
+
+
+_UNKNOWN = object()
+
+
+def _resolve(path: tuple[str, ...], variables: dict[str, Any]) -> Any:
+    """The value of a dotted global name, as far as it leads through modules."""
+    value = variables.get(path[0], getattr(builtins, path[0], _UNKNOWN))
+    for name in path[1:]:
+        if not isinstance(value, types.ModuleType):
+            return value
+        value = getattr(value, name, _UNKNOWN)
+    return value
+
+
+class _Facts(NamedTuple):
+    """What a code object reads of its surroundings: dotted global names, and attributes of its first argument."""
+
+    calls: tuple[tuple[Any, ...], ...]
+    own: tuple[str, ...]
+
+
+_known: dict[types.CodeType, _Facts | None] = {}
+
+
+def _facts(code: types.CodeType) -> _Facts | None:
+    """The facts of a code object and the ones nested in it; None if it may write or calls something unknown."""
+    if code not in _known:
+        if len(_known) >= _MOST:
+            _known.clear()
+        _known[code] = _read(code)
+    return _known[code]
+
+
+def _read(code: types.CodeType) -> _Facts | None:
+    calls: list[tuple[Any, ...]] = []
+    own: list[str] = []
+    first = code.co_varnames[0] if code.co_argcount else None
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "RESUME", "EXTENDED_ARG", "NOP")]
+    for before, now in zip([None, *instructions], instructions, strict=False):
+        if _writes(now) or _calls_local(before, now):
+            return None
+    if any(isinstance(constant, tuple) and "out" in constant for constant in code.co_consts):
+        return None  # the names of keyword arguments are a constant
+    for path in _paths(instructions, first):
+        if path is None:
+            return None
+        if path[0] is None:
+            own.append(path[1])
+        else:
+            calls.append(path)
+    for inner in (c for c in code.co_consts if isinstance(c, types.CodeType)):
+        facts = _facts(inner)
+        if facts is None:
+            return None
+        calls += facts.calls
+        own += facts.own
+    return _Facts(tuple(calls), tuple(own))
+
+
+def _writes(now: dis.Instruction) -> bool:
+    name = str(now.argval) if isinstance(now.argval, str) else ""
+    if now.opname in ("STORE_SUBSCR", "STORE_SLICE", "IMPORT_NAME"):
+        return True
+    if now.opname == "BINARY_OP":
+        return now.argrepr.endswith("=")
+    return now.opname in ("LOAD_ATTR", "LOAD_METHOD") and name.endswith("_") and not name.endswith("__")
+
+
+def _calls_local(before: dis.Instruction | None, now: dis.Instruction) -> bool:
+    """Whether a callable held by a local variable is about to be called, which cannot be followed."""
+    pair = {before.opname if before is not None else "", now.opname}
+    return "PUSH_NULL" in pair and bool(pair & {"LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_DEREF_LOCAL"})
+
+
+_DATA_ATTRIBUTES = frozenset(dir(torch.Tensor)) | frozenset(dir(dict)) | frozenset(dir(list)) | frozenset(dir(str))
+
+
+def _paths(instructions: list[dis.Instruction], first: str | None) -> Iterator[tuple[Any, ...] | None]:
+    """The dotted global names that are read, and ``(None, name)`` for attributes of the variable ``first``.
+
+    None stands for an attribute of something else, unless tensors or containers have one of that name.
+    """
+    path: list[str] = []
+    before = None
+    for now in instructions:
+        if now.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            if path:
+                yield tuple(path)
+            path = [now.argval]
+        elif now.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            if path:
+                path.append(now.argval)
+            elif now.argval not in _DATA_ATTRIBUTES:
+                of_first = before is not None and before.opname == "LOAD_FAST" and before.argval == first
+                yield (None, now.argval) if of_first else None
+        elif path and now.opname not in ("PUSH_NULL",):
+            yield tuple(path)
+            path = []
+        before = now
+    if path:
+        yield tuple(path)
