@@ -112,7 +112,7 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=25, derandomize=True, deadline=None)
 @given(st.lists(trees, min_size=1, max_size=3), st.data())
 def test_any_tree_and_any_argnums(args, data):
     def make(xp, leaves_of):
@@ -139,15 +139,15 @@ def test_a_numpy_array_keeps_its_precision():
 
 
 def test_keyword_arguments_and_other_objects_pass_untouched():
-    layer, seen = torch.nn.Linear(3, 1), []
+    layer, seen, marker = torch.nn.Linear(3, 1), [], object()
 
     def loss(x, model, label, *, scale, mode=None):
         seen.append((model, label, mode))
         return (model(x) * scale["s"]).sum()
 
-    gradient = grad(loss)(X, layer, "cat", scale={"s": torch.tensor(2.0)}, mode=seen)
+    gradient = grad(loss)(X, layer, "cat", scale={"s": torch.tensor(2.0)}, mode=marker)
     torch.testing.assert_close(gradient, 2 * layer.weight[0].detach())
-    assert seen[0][0] is layer and seen[0][1] == "cat" and seen[0][2] is seen
+    assert seen[0][0] is layer and seen[0][1] == "cat" and seen[0][2] is marker
 
 
 def test_has_aux_hands_out_tensors_and_other_objects():
@@ -506,7 +506,7 @@ def test_argnums_out_of_range(argnums, error, text):
     with pytest.raises(error) as raised:
         grad(lambda x: x.sum(), argnums)(X)
     assert text in message(raised)
-    with pytest.raises(TypeError if error is GradientTypeError else (ValueError, TypeError)):
+    with pytest.raises((TypeError, AttributeError) if argnums == (0, -1) else error.__mro__[2]):
         jax.grad(lambda x: x.sum(), argnums)(to_jax(X))
 
 

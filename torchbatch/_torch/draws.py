@@ -244,4 +244,4 @@ _KERNELS = {
         "_sample_dirichlet fractional_max_pool2d fractional_max_pool3d"
     ),
 }
-REGISTERED = [name for make, names in _KERNELS.items() for name in names.split() if overlay.register(name, make)]
+REGISTERED = [name for make, names in _KERNELS.items() for name in names.split() if overlay.register_factory(name, make)]

@@ -2,16 +2,22 @@
 
 A batch level is only a number, which the next ``vmap`` gets again: a tensor that was stored in a list, a global or a
 closure would be taken for that call's data. PyTorch keeps no list of the tensors of a level, so the ones still alive when
-it closes are looked for among the objects that Python's garbage collector tracks. The look is only taken when the
-collector's own counters say that more objects survived the call than it returned, which costs a tenth of a microsecond
-to ask.
+it closes are looked for among the youngest objects that Python's garbage collector tracks. The look is only taken when the
+collector's own counter says that more objects survived the call than it returned, which costs a tenth of a microsecond to
+ask; when the collector runs during the call, it is asked just before, while what is new is still young.
 
-Private names used: those of :mod:`torchbatch._torch.levels`.
+Tensors do not know their thread. While another thread is inside a transform, nothing is marked.
+
+Private names used, seen on torch 2.11, 2.13 and 2.15: the folder ``torch/_functorch``, and those of
+:mod:`torchbatch._torch.levels`.
 """
 
 from __future__ import annotations
 
 import gc
+import os
+import sys
+import threading
 import weakref
 from typing import Any
 
@@ -22,6 +28,7 @@ from torchbatch._torch.local import LocalTensor
 from torchbatch.errors import EscapedValueError
 
 counts = gc.get_count
+Counts = tuple[int, int, int]
 
 
 class EscapedTensor(torch.Tensor):
@@ -50,8 +57,8 @@ class Watch:
     def __init__(self) -> None:
         self.allowed = 0
 
-    def check(self, level: int, before: tuple[int, int, int], after: tuple[int, int, int], returned: int) -> None:
-        """Look for escaped values at ``level``, and learn.
+    def check(self, level: int, before: Counts, after: Counts, returned: int) -> None:
+        """Look for escaped values at ``level`` if there may be some, and learn.
 
         Args:
             level: the level that has just closed.
@@ -60,16 +67,17 @@ class Watch:
             returned: how many new tensors the call returns.
         """
         if after[1:] != before[1:]:
-            mark_escaped(level, (0, 1) if after[2] == before[2] else (0, 1, 2))
+            mark_escaped(level)
             return
         left = after[0] - before[0] - returned
         if left < self.allowed:
             self.allowed = max(left, 0)
-        if (left > self.allowed or deaths.seen) and not mark_escaped(level, (0,)) and left > self.allowed:
+        if (left > self.allowed or deaths.seen) and not mark_escaped(level) and left > self.allowed:
             self.allowed += 1
 
 
 _watches: dict[Any, Watch] = {}
+_MOST_WATCHES = 4096
 
 
 def watch_of(fun: Any) -> Watch:
@@ -83,9 +91,6 @@ def watch_of(fun: Any) -> Watch:
             _watches.clear()
         watch = _watches[key] = Watch()
     return watch
-
-
-_MOST_WATCHES = 4096
 
 
 class _Deaths:
@@ -104,25 +109,40 @@ class _Deaths:
 
 
 deaths = _Deaths()
+_grown: list[weakref.ref[torch.Tensor]] = []  # per-sample tensors that the collector has moved out of the youngest generation
 
 
-_BATCHED_TYPES = (torch.Tensor, LocalTensor)
+def _before_collection(phase: str, info: dict[str, int]) -> None:
+    if phase == "start" and levels.depth():
+        _grown.extend(weakref.ref(tensor) for tensor in _young())
 
 
-def mark_escaped(level: int, generations: tuple[int, ...] = (0, 1, 2)) -> int:
+gc.callbacks.append(_before_collection)
+
+
+def _young() -> list[torch.Tensor]:
+    return [
+        thing
+        for thing in gc.get_objects(generation=0)
+        if (type(thing) is torch.Tensor or type(thing) is LocalTensor) and levels.is_wrapped(thing)
+    ]
+
+
+def mark_escaped(level: int) -> int:
     """Make every live tensor that is batched at ``level`` or deeper an :class:`EscapedTensor`; how many there were.
 
     Args:
         level: the level that has just closed.
-        generations: the collector's generations in which to look.
     """
+    if _busy_elsewhere():
+        return 0
     deaths.seen = False
-    dead = [
-        thing
-        for generation in generations
-        for thing in gc.get_objects(generation=generation)
-        if type(thing) in _BATCHED_TYPES and _is_dead(thing, level)
-    ]
+    grown = [tensor for tensor in (reference() for reference in _grown) if tensor is not None]
+    if level == 1:
+        _grown.clear()
+    dead = [tensor for tensor in (*_young(), *grown) if _is_dead(tensor, level)]
+    if not dead or _busy_elsewhere():
+        return 0
     for tensor in dead:
         tensor.__class__ = EscapedTensor
         deaths.watch(tensor)
@@ -130,4 +150,21 @@ def mark_escaped(level: int, generations: tuple[int, ...] = (0, 1, 2)) -> int:
 
 
 def _is_dead(value: torch.Tensor, level: int) -> bool:
-    return any(other >= level for other in levels.batch_levels(value))
+    return type(value) is not EscapedTensor and any(other >= level for other in levels.batch_levels(value))
+
+
+_FOLDER = os.path.join(os.path.dirname(torch.__file__), "_functorch")
+_BATCH = os.path.join(os.path.dirname(os.path.dirname(__file__)), "core", "batch.py")
+
+
+def _busy_elsewhere() -> bool:
+    """Whether another thread is inside a transform."""
+    here = threading.get_ident()
+    for thread, top in sys._current_frames().items():
+        frame = None if thread == here else top
+        while frame is not None:
+            path = frame.f_code.co_filename
+            if path == _BATCH or path.startswith(_FOLDER):
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+    return False

@@ -102,4 +102,4 @@ def _take_unmapped(leaf: Any, level: int, sum_match: bool) -> Any:
         return leaf
     if not sum_match:
         raise UnmappedOutputError("an output of the mapped function varies along the mapped axis, but its out_axes is None.")
-    return inner.sum(at, dtype=None if inner.dtype is torch.bool else inner.dtype)
+    return inner.sum(at)

@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from torchbatch._torch.escape import EscapedTensor
 from torchbatch.core import tree
+from torchbatch.core.arrays import as_tensor
 from torchbatch.core.describe import describe
 from torchbatch.errors import AxisError, AxisSpecError, EscapedValueError, InputTypeError
 
@@ -48,8 +48,8 @@ class Mapped(NamedTuple):
 
 
 def is_axis(entry: Any) -> bool:
-    """Whether ``entry`` is an int or None; True and False are not ints here."""
-    return entry is None or (isinstance(entry, int | np.integer) and not isinstance(entry, bool))
+    """Whether ``entry`` is an int or None; True, False and NumPy's integers are not, as in JAX."""
+    return entry is None or type(entry) is int
 
 
 def parse_prefix(axes: Any, what: str) -> Prefix:
@@ -59,7 +59,7 @@ def parse_prefix(axes: Any, what: str) -> Prefix:
         AxisSpecError: a leaf is neither an int nor None.
     """
     if is_axis(axes):
-        return Prefix((None if axes is None else int(axes),), None, UNMAPPED if axes is None else int(axes))
+        return Prefix((axes,), None, UNMAPPED if axes is None else axes)
     sealed = tree.replace_none(axes, UNMAPPED)
     leaves, structure = tree.flatten(sealed)
     for leaf in leaves:
@@ -68,7 +68,7 @@ def parse_prefix(axes: Any, what: str) -> Prefix:
                 f"{what} must be an int, None, or a tree with ints and None as leaves, but it holds {leaf!r} of type "
                 f"{type(leaf).__name__} in {axes!r}."
             )
-    return Prefix(tuple(None if leaf is UNMAPPED else int(leaf) for leaf in leaves), structure, sealed)
+    return Prefix(tuple(None if leaf is UNMAPPED else leaf for leaf in leaves), structure, sealed)
 
 
 class InAxes:
@@ -80,7 +80,7 @@ class InAxes:
         self.single: Prefix | None = None
         if is_axis(in_axes):
             self.single = parse_prefix(in_axes, "in_axes")
-        elif isinstance(in_axes, tuple | list):
+        elif type(in_axes) in (tuple, list):
             self.entries = tuple(parse_prefix(entry, f"in_axes[{i}]") for i, entry in enumerate(in_axes))
         else:
             raise AxisSpecError(
@@ -153,12 +153,12 @@ def _open(prefix: Prefix, value: Any, key: int | str, fun: Any, values: list[Any
     if prefix.structure is None:
         pieces = [value]
     else:
-        root = argument_name(fun, key)
+        what = f"in_axes[{key}]"
         try:
-            pieces = prefix.structure.flatten_up_to(value)
-        except (ValueError, TypeError) as error:
-            message = tree.prefix_mismatch(prefix.sealed, value, what=f"in_axes[{key}]", root=f"argument {root}")
-            raise AxisError(message) from error
+            pieces = tree.flatten_up_to(prefix.sealed, value, what=what, root="the argument")
+        except AxisError:  # the name is worth looking up only now
+            tree.check_prefix(prefix.sealed, value, what=what, root=f"argument {argument_name(fun, key)}")
+            raise
     structures: list[tree.TreeDef | None] = []
     for piece, axis in zip(pieces, prefix.axes, strict=True):
         if axis is None:
@@ -186,21 +186,10 @@ def _as_mapped(value: Any, axis: Axis) -> Any:
     """A tensor with an axis ``axis``; None for what passes through unmapped; ``_BAD`` for what cannot be mapped."""
     if isinstance(value, torch.nn.Module):
         return None
-    if not isinstance(value, torch.Tensor):
-        value = to_tensor(value)
-    elif isinstance(value, EscapedTensor):
+    if isinstance(value, EscapedTensor):
         return _BAD
-    return value if value is not _BAD and axis is not None and -value.ndim <= axis < value.ndim else _BAD
-
-
-def to_tensor(value: Any) -> Any:
-    """NumPy arrays, anything with ``__array__`` and Python numbers as tensors; anything else as ``_BAD``."""
-    if isinstance(value, bool | int | float | complex):
-        return torch.as_tensor(value)
-    if not hasattr(value, "__array__"):
-        return _BAD
-    array = np.asarray(value)
-    return torch.as_tensor(array) if array.dtype.kind in "biufc" else _BAD
+    tensor = as_tensor(value)
+    return tensor if tensor is not None and axis is not None and -tensor.ndim <= axis < tensor.ndim else _BAD
 
 
 def _bounded(axis: Axis, value: torch.Tensor) -> int:
@@ -211,8 +200,8 @@ def _input_error(index: int, values: list[Any], axes: list[Axis], names: list[st
     value, axis, name = values[index], axes[index], names[index]
     if isinstance(value, EscapedTensor):
         return EscapedValueError(f"argument {name} is a per-sample value that escaped from a vmap that has finished.")
-    array = value if isinstance(value, torch.Tensor) else to_tensor(value)
-    if array is _BAD:
+    array = as_tensor(value)
+    if array is None:
         return InputTypeError(
             f"argument {name} is to be mapped over axis {axis}, but {value!r} of type {type(value).__name__} is not an "
             "array. Pass a tensor or a NumPy array, or give None for it in in_axes so that it reaches the function as it is."
@@ -279,7 +268,7 @@ def _names(in_axes: InAxes, args: tuple[Any, ...], kwargs: dict[str, Any], fun: 
         if prefix.structure is None:
             pieces, roots = [value], [root]
         else:
-            pieces = prefix.structure.flatten_up_to(value)
+            pieces = tree.flatten_up_to(prefix.sealed, value, what="in_axes", root=root)
             roots = tree.paths(prefix.sealed, root)
         for piece, axis, where in zip(pieces, prefix.axes, roots, strict=True):
             names += [] if axis is None else tree.paths(piece, where)
@@ -294,7 +283,7 @@ def shared_tensors(in_axes: InAxes, args: tuple[Any, ...], fun: Any) -> dict[str
     for i, (prefix, value) in enumerate(zip(in_axes.for_arguments(len(args)), args)):
         root = argument_name(fun, i)
         whole = prefix.structure is None
-        pieces = [value] if whole else prefix.structure.flatten_up_to(value)  # type: ignore[union-attr]
+        pieces = [value] if whole else tree.flatten_up_to(prefix.sealed, value, what="in_axes", root=root)
         roots = [root] if whole else tree.paths(prefix.sealed, root)
         for piece, axis, where in zip(pieces, prefix.axes, roots, strict=True):
             if axis is None:

@@ -31,6 +31,7 @@ def run(
     Every chunk begins with the state that the random generators had at first. Under ``randomness="same"`` it so draws what
     every other chunk drew; under ``"different"`` a draw is made for all samples, of which the chunk takes its own.
     """
+    writes = writes or randomness == "different"  # the operators that draw are told apart by the same key
     state = draws.GeneratorState(mapped.values) if randomness != "error" else None
     chunks: list[list[Any]] = []
     for start in range(0, size, chunk_size):

@@ -32,6 +32,11 @@ def is_inexact(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def conjugate(tensor: torch.Tensor) -> torch.Tensor:
+    """The complex conjugate, in memory: a lazy one cannot become a NumPy array, and ``conj_physical`` is slow in vmap."""
+    return torch.complex(tensor.real, -tensor.imag) if tensor.is_complex() else tensor
+
+
 def as_tensor(leaf: Any, name: Callable[[], str], hint: str, like: torch.Tensor | None = None) -> torch.Tensor:
     """A tensor from a tensor, a number, a NumPy array or anything with ``__array__``.
 
@@ -97,7 +102,7 @@ class Primals:
 
     def cotangents(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Cotangents in JAX's convention for all primals, from PyTorch's for the inexact ones."""
-        found = [value.conj_physical() if value.is_complex() else value for value in inputs[: len(self.active)]]
+        found = [conjugate(value) for value in inputs[: len(self.active)]]
         if len(self.active) == len(self.tensors):
             return found
         rest = iter(found)

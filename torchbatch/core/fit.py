@@ -10,7 +10,7 @@ import torch
 
 from torchbatch.core import tree
 from torchbatch.core.argnums import flatten
-from torchbatch.core.derivative import FLOAT0, TANGENT_HINT, Outputs, Primals, as_tensor, is_inexact
+from torchbatch.core.derivative import FLOAT0, TANGENT_HINT, Outputs, Primals, as_tensor, conjugate, is_inexact
 from torchbatch.core.describe import describe
 from torchbatch.errors import GradientTypeError, GradientValueError
 
@@ -83,7 +83,7 @@ def _check_cotangent(leaf: Any, example: torch.Tensor, name: Callable[[], str]) 
             f"{name()} is {describe(cotangent)}, but the output there is {describe(example)}. A cotangent has the "
             f"shape and dtype of its output."
         )
-    return cotangent.conj_physical() if cotangent.is_complex() else cotangent
+    return conjugate(cotangent)
 
 
 def _describe_as(primal: torch.Tensor, dtype: torch.dtype) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from torchbatch._torch import levels, local
 from torchbatch.core import tree
+from torchbatch.core.arrays import as_tensor
 from torchbatch.core.axes import Axis, parse_prefix
 from torchbatch.core.describe import describe, function_name
 from torchbatch.errors import AxisError, OutputTypeError, UnmappedOutputError
@@ -61,7 +61,7 @@ class OutAxes:
         return "sum" if varies else "once"
 
     def _leaf(self, index: int, leaf: Any, axis: Axis, level: int, size: int, output: Any) -> Any:
-        value = leaf if isinstance(leaf, _Tensor) else as_output(leaf)
+        value = as_tensor(leaf)
         if type(value) is local.LocalTensor:
             local.settle(value)
         if axis is None:
@@ -78,7 +78,7 @@ class OutAxes:
         if at is None:
             return leaf
         if self.sum_match:
-            return inner.sum(at, dtype=None if inner.dtype is torch.bool else inner.dtype)
+            return inner.sum(at)
         raise UnmappedOutputError(
             f"{self._path(output, index)} varies along the mapped axis (each sample has its own {describe(value)}), but out_axes "
             "is None for it. Give it an int in out_axes, or reduce it over the samples first."
@@ -96,12 +96,3 @@ class OutAxes:
     def _path(self, output: Any, index: int) -> str:
         where = tree.paths(output)[index]
         return f"the output of {function_name(self._fun)}" + (f" at {where}" if where else "")
-
-
-def as_output(leaf: Any) -> Any:
-    """Python numbers, NumPy scalars and arrays as tensors; None for what is not an array."""
-    if isinstance(leaf, bool | int | float | complex):
-        return torch.as_tensor(leaf)
-    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufc":
-        return torch.as_tensor(leaf)
-    return None

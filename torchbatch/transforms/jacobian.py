@@ -10,7 +10,7 @@ import torch
 
 from torchbatch.core import argnums as positional
 from torchbatch.core.argnums import Split
-from torchbatch.core.derivative import Outputs, Primals, Pullback, push, reverse, vectorize
+from torchbatch.core.derivative import Outputs, Primals, Pullback, conjugate, push, reverse, vectorize
 from torchbatch.core.dtypes import (
     check_forward_inputs,
     check_forward_outputs,
@@ -198,7 +198,7 @@ def _rows(pulled: Pullback, primals: Primals, flat: Sequence[torch.Tensor]) -> l
     rows: Sequence[torch.Tensor] = ()
     if count and primals.active:
         rows = vectorize(lambda *cotangents: pulled.pull(cotangents, retain_graph=False))(*standard_basis(flat))
-        rows = [row.conj_physical() if row.is_complex() else row for row in rows]
+        rows = [conjugate(row) for row in rows]
     found = iter(rows)
     return [
         next(found) if rows and i in primals.active else primal.new_zeros(count, *primal.shape)

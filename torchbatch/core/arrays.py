@@ -1,0 +1,27 @@
+"""What counts as an array, and how it becomes a tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def as_tensor(value: Any) -> torch.Tensor | None:
+    """A tensor as it is; Python numbers, NumPy arrays and scalars, and anything with ``__array__`` as a tensor; else None.
+
+    Memory is shared with a NumPy array where PyTorch can: not if it is read-only, runs backwards or has a foreign byte order.
+    """
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, bool | int | float | complex):
+        return torch.as_tensor(value)
+    if not hasattr(value, "__array__"):
+        return None
+    array = np.asarray(value)
+    if array.dtype.kind not in "biufc":
+        return None
+    array = np.asarray(array, dtype=array.dtype.newbyteorder("="))
+    shareable = array.flags.writeable and all(stride >= 0 for stride in array.strides)
+    return torch.as_tensor(array if shareable else array.copy())
