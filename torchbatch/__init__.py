@@ -1,7 +1,31 @@
 """torchbatch: JAX's ``vmap`` for PyTorch."""
 
 from torchbatch import errors, tree
+from torchbatch._torch.fallback import fallback
+from torchbatch.transforms.checkpoint import checkpoint
+from torchbatch.transforms.eval_shape import ShapeDtypeStruct, eval_shape
+from torchbatch.transforms.grad import grad, jvp, linearize, stop_gradient, value_and_grad, vjp
+from torchbatch.transforms.jacobian import hessian, jacfwd, jacrev
+from torchbatch.transforms.modules import stack_modules
 from torchbatch.transforms.vmap import vmap
 
 __version__ = "0.1.0"
-__all__ = ["errors", "vmap"]
+__all__ = [
+    "ShapeDtypeStruct",
+    "checkpoint",
+    "errors",
+    "eval_shape",
+    "fallback",
+    "grad",
+    "hessian",
+    "jacfwd",
+    "jacrev",
+    "jvp",
+    "linearize",
+    "stack_modules",
+    "stop_gradient",
+    "tree",
+    "value_and_grad",
+    "vjp",
+    "vmap",
+]

@@ -49,6 +49,18 @@ def test_a_missing_package(missing, text):
     assert str(error.value) == text
 
 
+def test_one_thread_and_as_many_as_before_afterwards(monkeypatch, tmp_path):
+    threads = []
+    monkeypatch.setattr(main, "show", lambda options, device: threads.append(main.torch.get_num_threads()))
+    before = main.torch.get_num_threads()
+    main.torch.set_num_threads(2)
+    try:
+        demo.run(demo.Options(output=tmp_path / "picture.png"))
+        assert (threads, main.torch.get_num_threads()) == ([1], 2)
+    finally:
+        main.torch.set_num_threads(before)
+
+
 def test_a_cuda_device_that_is_there(monkeypatch):
     monkeypatch.setattr(main.torch.cuda, "is_available", lambda: True)
     assert main.check_device("cuda").type == "cuda"

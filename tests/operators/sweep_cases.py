@@ -215,7 +215,8 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    return x.resolve_conj().resolve_neg().detach()
+    x = x.resolve_conj().resolve_neg().detach()
+    return x.float() if x.dtype.itemsize == 1 and x.is_floating_point() else x
 
 
 def _mapped(

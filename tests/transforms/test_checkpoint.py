@@ -90,13 +90,13 @@ def test_under_vmap(name, mapped):
 
 
 @VMAPS
-def test_around_vmap(mapped):
-    for make in (lambda c: closed(c, []), lambda c: lambda x: c(Counted())(x).sum()):
-        expected = grad(lambda rows: torch.func.vmap(make(plain))(rows).sum())(ROWS)
-        torch.testing.assert_close(grad(lambda rows: mapped(make(checkpoint))(rows).sum())(ROWS), expected)
-        rows = ROWS.clone().requires_grad_()
-        mapped(make(checkpoint))(rows).sum().backward()
-        torch.testing.assert_close(rows.grad, expected)
+@pytest.mark.parametrize("make", [lambda c: closed(c, []), lambda c: lambda x: c(Counted())(x).sum()])
+def test_around_vmap(mapped, make):
+    expected = grad(lambda rows: torch.func.vmap(make(plain))(rows).sum())(ROWS)
+    torch.testing.assert_close(grad(lambda rows: mapped(make(checkpoint))(rows).sum())(ROWS), expected)
+    rows = ROWS.clone().requires_grad_()
+    mapped(make(checkpoint))(rows).sum().backward()
+    torch.testing.assert_close(rows.grad, expected)
 
 
 def test_runs_once_forward_and_once_backward():
@@ -179,14 +179,19 @@ def test_autocast_is_the_same_in_both_runs():
         lambda make, x, w: make(lambda y: torch.func.grad(lambda z: (z**3 * w).sum())(y))(x),
         lambda make, x, w: make(lambda y: torch.func.vmap(torch.sin)(torch.func.vmap(lambda a: a * w.sum())(y)))(x),
         lambda make, x, w: make(lambda d, k=1, i=None: (d["a"] * k * w)[i])({"a": x}, k=3, i=torch.tensor([0, 2])),
-        lambda make, x, w: make(lambda y: {"f": y * w, "n": 3, "i": torch.tensor(1), "s": "text", "none": None})(x)["f"],
+        lambda make, x, w: make(lambda y: {"f": y * w, "n": 3, "i": torch.tensor(1), "s": "text", "none": None})(x)[
+            "f"
+        ],
         lambda make, x, w: make(lambda y: stack_in_place(y, w))(x),
         lambda make, x, w: x * make(lambda: w * w)() + make(lambda y: torch.ones(3))(w),
     ],
 )
 def test_shapes_of_programs(function):
     for transform in (jacrev, jacfwd, lambda f, a: jacfwd(jacrev(f, a), a)):
-        both = lambda make, t=transform: t(lambda x, w: function(make, x, w), (0, 1))(X, W)
+
+        def both(make, t=transform):
+            return t(lambda x, w: function(make, x, w), (0, 1))(X, W)
+
         torch.testing.assert_close(both(checkpoint), both(plain))
 
 
@@ -224,11 +229,62 @@ def test_under_torch_compile_it_is_the_function():
     torch.testing.assert_close(torch.compile(function, backend="aot_eager", fullgraph=True)(X), torch.cos(X))
 
 
-@pytest.mark.parametrize("transform", [torch.func.grad, lambda f: torch.func.vmap(lambda a: a * f(torch.ones(3)))])
-def test_a_closed_over_tensor_that_goes_straight_into_a_transform(transform):
-    function = grad(lambda w: checkpoint(lambda x: transform(lambda v: (v * x).sum())(w))(X).sum())
+class Twice(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return cotangent * 2
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent * 2
+
+
+STRAIGHT = {
+    "grad": lambda w: torch.func.grad(lambda v: (v**3).sum())(w),
+    "vmap": lambda w: torch.func.vmap(torch.sin)(w),
+}
+
+
+@pytest.mark.parametrize("inner", STRAIGHT)
+@pytest.mark.parametrize("name", ["grad", "hessian", "jvp", "forward over forward"])
+def test_a_closed_over_tensor_that_goes_straight_into_a_transform_is_an_error(inner, name):
+    """PyTorch shows such a tensor to nobody, so that its derivative would be lost."""
+
+    def function(w):
+        return checkpoint(lambda x: x * STRAIGHT[inner](w))(X).sum()
+
     with pytest.raises(UnsupportedOperationError, match="Make that tensor an argument of the checkpointed function"):
-        function(W)
+        TRANSFORMS[name](function)(W)
+
+    def as_argument(make):
+        return lambda w: make(lambda x, w: x * STRAIGHT[inner](w))(X, w).sum()
+
+    torch.testing.assert_close(TRANSFORMS[name](as_argument(checkpoint))(W), TRANSFORMS[name](as_argument(plain))(W))
+
+
+@pytest.mark.parametrize("name", ["grad", "hessian", "jvp", "forward over forward"])
+def test_a_closed_over_tensor_in_an_autograd_function(name):
+    def function(make):
+        return lambda w: make(lambda x: x * Twice.apply(w) ** 2)(X).sum()
+
+    torch.testing.assert_close(TRANSFORMS[name](function(checkpoint))(W), TRANSFORMS[name](function(plain))(W))
+
+
+def test_a_closed_over_tensor_in_an_autograd_function_outside_of_transforms():
+    w = W.clone().requires_grad_()
+    output = checkpoint(lambda x: x * Twice.apply(w))(X).sum()
+    with pytest.raises(UnsupportedOperationError, match="Make that tensor an argument"):
+        output.backward()
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,10 @@ FUNCTIONS = {
     "scalar": (lambda xp: lambda x: xp.sum(xp.sin(x) * x[0]), (X,)),
     "number": (lambda xp: lambda x: x**3, (torch.tensor(2.0),)),
     "matrix": (lambda xp: lambda x: x @ x.T, (torch.linspace(-1, 1, 6).reshape(2, 3),)),
-    "trees": (lambda xp: lambda p: {"o": xp.sum(p["a"]) * p["b"], "q": (p["b"] * p["a"], None)}, ({"a": X, "b": X[0]},)),
+    "trees": (
+        lambda xp: lambda p: {"o": xp.sum(p["a"]) * p["b"], "q": (p["b"] * p["a"], None)},
+        ({"a": X, "b": X[0]},),
+    ),
     "namedtuple": (lambda xp: lambda p: Point(p.x * p.y, p.x), (Point(X, X * 2),)),
     "None": (lambda xp: lambda p: [p["a"] ** 2, None], ({"a": X, "b": None},)),
     "size 0 in": (lambda xp: lambda x: x * 2, (torch.zeros(0, 2),)),
@@ -96,14 +99,20 @@ def test_hessian_is_jax(case):
 @ALL
 @pytest.mark.parametrize("argnums", [0, 1, -1, (0,), (1, 0), [0, 1]])
 def test_argnums(name, argnums):
-    make = lambda xp: lambda a, b: {"o": xp.sum(a["k"]) * b}
+    def make(xp):
+        return lambda a, b: {"o": xp.sum(a["k"]) * b}
+
     args = ({"k": X}, X + 1)
-    assert_same(getattr(module, name)(make(torch), argnums)(*args), getattr(jax, name)(make(jnp), argnums)(*to_jax(args)))
+    assert_same(
+        getattr(module, name)(make(torch), argnums)(*args), getattr(jax, name)(make(jnp), argnums)(*to_jax(args))
+    )
 
 
 shapes = st.lists(st.integers(0, 2), max_size=2)
 arrays = shapes.map(lambda shape: torch.linspace(-1.0, 2.0, int(np.prod(shape))).reshape(shape))
-trees = st.one_of(arrays, st.lists(arrays, min_size=1, max_size=2), st.dictionaries(st.sampled_from("ab"), arrays, min_size=1))
+trees = st.one_of(
+    arrays, st.lists(arrays, min_size=1, max_size=2), st.dictionaries(st.sampled_from("ab"), arrays, min_size=1)
+)
 
 
 @settings(max_examples=10, derandomize=True, deadline=None)
@@ -120,12 +129,16 @@ def test_any_tree(args, data):
     argnums = data.draw(st.sampled_from([0, -1, tuple(range(len(args)))]))
     ours, theirs = make(torch, lambda a: tree.flatten(a)[0]), make(jnp, jax.tree.leaves)
     for name in ("jacfwd", "jacrev"):
-        assert_same(getattr(module, name)(ours, argnums)(*args), getattr(jax, name)(theirs, argnums)(*to_jax(tuple(args))))
+        assert_same(
+            getattr(module, name)(ours, argnums)(*args), getattr(jax, name)(theirs, argnums)(*to_jax(tuple(args)))
+        )
 
 
 @BOTH
 def test_complex(name):
-    holomorphic = lambda xp: lambda z: xp.sin(z) * z[0]
+    def holomorphic(xp):
+        return lambda z: xp.sin(z) * z[0]
+
     z = X + 1j
     assert_same(
         getattr(module, name)(holomorphic(torch), holomorphic=True)(z),
@@ -135,26 +148,36 @@ def test_complex(name):
 
 def test_complex_without_holomorphic():
     assert_same(jacfwd(lambda x: x * (1 + 2j))(X), jax.jacfwd(lambda x: x * (1 + 2j))(to_jax(X)))
-    square = lambda xp: lambda z: xp.abs(z) ** 2
+
+    def square(xp):
+        return lambda z: xp.abs(z) ** 2
+
     assert_same(jacrev(square(torch))(X + 1j), jax.jacrev(square(jnp))(jnp.asarray((X + 1j).numpy())))
 
 
 def test_holomorphic_hessian():
-    make = lambda xp: lambda z: xp.sum(z**3)
+    def make(xp):
+        return lambda z: xp.sum(z**3)
+
     theirs = jax.hessian(make(jnp), holomorphic=True)(jnp.asarray((X + 1j).numpy()))
     assert_same(hessian(make(torch), holomorphic=True)(X + 1j), theirs)
 
 
 def test_allow_int():
     numbers = torch.tensor([1, 2, 3], dtype=torch.int32)
-    make = lambda xp: lambda p: p["n"] * p["x"]
+
+    def make(xp):
+        return lambda p: p["n"] * p["x"]
+
     args = ({"n": numbers, "x": X},)
     assert_same(jacrev(make(torch), allow_int=True)(*args), jax.jacrev(make(jnp), allow_int=True)(*to_jax(args)))
 
 
 @ALL
 def test_has_aux(name):
-    make = lambda x: (x**3, {"y": x * 2})
+    def make(x):
+        return (x**3, {"y": x * 2})
+
     ours, aux = getattr(module, name)(make, has_aux=True)(X)
     theirs, their_aux = getattr(jax, name)(make, has_aux=True)(to_jax(X))
     assert_same(ours, theirs)
@@ -170,7 +193,9 @@ def test_aux_may_hold_any_object(name):
 
 @ALL
 def test_keyword_and_other_arguments(name):
-    function = lambda x, power, *, scale, label=None: scale["s"] * x**power if label == "cat" else x
+    def function(x, power, *, scale, label=None):
+        return scale["s"] * x**power if label == "cat" else x
+
     ours = getattr(module, name)(function)(X, 3, scale={"s": torch.tensor(2.0)}, label="cat")
     assert_same(ours, getattr(jax, name)(lambda x: 2 * x**3)(to_jax(X)))
 
@@ -183,14 +208,18 @@ def test_numbers(name):
 @VMAPS
 @ALL
 def test_under_vmap(name, mapped):
-    make = lambda xp: lambda x: xp.sin(x) * xp.sum(x)
+    def make(xp):
+        return lambda x: xp.sin(x) * xp.sum(x)
+
     rows = torch.stack([X, X + 1])
     theirs = jax.vmap(getattr(jax, name)(make(jnp)))(to_jax(rows))
     assert_same(mapped(getattr(module, name)(make(torch)))(rows), theirs)
 
 
 def test_orders_agree():
-    function = lambda x: torch.sum(torch.sin(x) * x**2)
+    def function(x):
+        return torch.sum(torch.sin(x) * x**2)
+
     expected = hessian(function)(X)
     for outer in (jacfwd, jacrev):
         for inner in (jacfwd, jacrev):
@@ -216,10 +245,22 @@ def test_wrapper(name):
 
 INPUTS = {"w": torch.arange(3)}
 ERRORS = [
-    (jacfwd, {}, (INPUTS,), GradientTypeError, "jacfwd differentiates by floating-point arrays, but argument p['w'] has"),
+    (
+        jacfwd,
+        {},
+        (INPUTS,),
+        GradientTypeError,
+        "jacfwd differentiates by floating-point arrays, but argument p['w'] has",
+    ),
     (jacfwd, {}, (X + 1j,), GradientTypeError, "argument p has dtype complex64"),
     (jacfwd, {"holomorphic": True}, (X,), GradientTypeError, "jacfwd with holomorphic=True needs complex inputs and"),
-    (jacrev, {}, (INPUTS,), GradientTypeError, "jacrev differentiates by floating-point and complex arrays, but argument"),
+    (
+        jacrev,
+        {},
+        (INPUTS,),
+        GradientTypeError,
+        "jacrev differentiates by floating-point and complex arrays, but argument",
+    ),
     (jacrev, {"holomorphic": True}, (X,), GradientTypeError, "but argument p has dtype float32"),
     (jacfwd, {}, ("s",), GradientTypeError, "argument p is 's' of type str"),
     (jacfwd, {"argnums": 1}, (X,), GradientValueError, "jacfwd: argnums=1 needs at least 2 positional argument(s)"),
@@ -232,7 +273,9 @@ ERRORS = [
 
 @pytest.mark.parametrize(("transform", "options", "args", "error", "text"), ERRORS)
 def test_bad_inputs(transform, options, args, error, text):
-    function = lambda p: p
+    def function(p):
+        return p
+
     with pytest.raises(error) as raised:
         transform(function, **options)(*args)
     assert text in str(raised.value)
@@ -259,7 +302,9 @@ def test_bad_outputs(transform, options, function, text):
 
 @BOTH
 def test_holomorphic_with_a_real_output(name):
-    with pytest.raises(GradientTypeError, match="holomorphic=True needs complex inputs and outputs, but output has dtype"):
+    with pytest.raises(
+        GradientTypeError, match="holomorphic=True needs complex inputs and outputs, but output has dtype"
+    ):
         getattr(module, name)(lambda z: z.real, holomorphic=True)(X + 1j)
 
 

@@ -111,3 +111,11 @@ def argument(place: tuple[int, str], args: Sequence[Any], kwargs: dict[str, Any]
     """The argument at a place that :func:`written` gives."""
     index, name = place
     return args[index] if index < len(args) else kwargs.get(name)
+
+
+def made_up(empty: torch.Tensor) -> torch.Tensor:
+    """A sample to stand for those of an empty batch, whose first axis has size 0: harmless as a matrix and as an index."""
+    shape = empty.shape[1:]
+    if len(shape) < 2 or not (empty.is_floating_point() or empty.is_complex()):
+        return empty.new_ones(shape) if empty.is_floating_point() or empty.is_complex() else empty.new_zeros(shape)
+    return torch.eye(*shape[-2:], dtype=empty.dtype, device=empty.device).expand(shape).clone()

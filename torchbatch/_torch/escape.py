@@ -3,8 +3,8 @@
 A batch level is only a number, which the next ``vmap`` gets again: a tensor that was stored in a list, a global or a
 closure would be taken for that call's data. PyTorch keeps no list of the tensors of a level, so the ones still alive when
 it closes are looked for among the youngest objects that Python's garbage collector tracks. The look is only taken when the
-collector's own counter says that more objects survived the call than it returned, which costs a tenth of a microsecond to
-ask; when the collector runs during the call, it is asked just before, while what is new is still young.
+collector's own counter says that another number of objects survived the call than it returned, which costs a tenth of a
+microsecond to ask; when the collector runs during the call, it is asked just before, while what is new is still young.
 
 Tensors do not know their thread. While another thread is inside a transform, nothing is marked.
 
@@ -28,7 +28,6 @@ from torchbatch._torch.local import LocalTensor
 from torchbatch.errors import EscapedValueError
 
 counts = gc.get_count
-Counts = tuple[int, int, int]
 
 
 class EscapedTensor(torch.Tensor):
@@ -45,52 +44,19 @@ class EscapedTensor(torch.Tensor):
         return "<per-sample value of a vmap that has finished>"
 
 
-class Watch:
-    """Decides, for one mapped function, after which calls to look for escaped values.
+def check(before: tuple[int, int, int], after: tuple[int, int, int], returned: int) -> None:
+    """Look for escaped values after a call that left other objects behind than those it returned.
 
-    A call leaves a certain number of tracked objects behind: its results, and what Python keeps in free lists. That number
-    is learned: a look that finds nothing lets one more object pass, a call that leaves fewer lowers the bar again.
+    Args:
+        before: the collector's counts when the call began.
+        after: the collector's counts now.
+        returned: how many new tensors the call returns.
     """
-
-    __slots__ = ("allowed",)
-
-    def __init__(self) -> None:
-        self.allowed = 0
-
-    def check(self, level: int, before: Counts, after: Counts, returned: int) -> None:
-        """Look for escaped values at ``level`` if there may be some, and learn.
-
-        Args:
-            level: the level that has just closed.
-            before: the collector's counts when it opened.
-            after: the collector's counts now.
-            returned: how many new tensors the call returns.
-        """
-        if after[1:] != before[1:]:
-            mark_escaped(level)
-            return
-        left = after[0] - before[0] - returned
-        if left < self.allowed:
-            self.allowed = max(left, 0)
-        if (left > self.allowed or deaths.seen) and not mark_escaped(level) and left > self.allowed:
-            self.allowed += 1
+    whole = after[1] != before[1] or deaths.seen
+    mark_escaped(None if whole else max(after[0] - before[0], 0) + _MARGIN)
 
 
-_watches: dict[Any, Watch] = {}
-_MOST_WATCHES = 4096
-
-
-def watch_of(fun: Any) -> Watch:
-    """The watch of a function; those made anew from the same code share one."""
-    key = getattr(fun, "__code__", None)
-    if key is None:
-        return Watch()
-    watch = _watches.get(key)
-    if watch is None:
-        if len(_watches) >= _MOST_WATCHES:
-            _watches.clear()
-        watch = _watches[key] = Watch()
-    return watch
+_MARGIN = 64  # how many objects from before the call are taken to have died during it, at most
 
 
 class _Deaths:
@@ -120,27 +86,30 @@ def _before_collection(phase: str, info: dict[str, int]) -> None:
 gc.callbacks.append(_before_collection)
 
 
-def _young() -> list[torch.Tensor]:
+def _young(newest: int | None = None) -> list[torch.Tensor]:
+    """The wrapped tensors among the collector's youngest objects, which it keeps in the order in which they were made."""
+    things = gc.get_objects(generation=0)
     return [
         thing
-        for thing in gc.get_objects(generation=0)
+        for thing in (things if newest is None else things[-newest:])
         if (type(thing) is torch.Tensor or type(thing) is LocalTensor) and levels.is_wrapped(thing)
     ]
 
 
-def mark_escaped(level: int) -> int:
-    """Make every live tensor that is batched at ``level`` or deeper an :class:`EscapedTensor`; how many there were.
+def mark_escaped(newest: int | None = None) -> int:
+    """Make every live tensor that is batched at a level that is closed an :class:`EscapedTensor`; how many there were.
 
     Args:
-        level: the level that has just closed.
+        newest: how many of the youngest objects to look at; None looks at all.
     """
     if _busy_elsewhere():
         return 0
+    open_levels = levels.depth()
     deaths.seen = False
     grown = [tensor for tensor in (reference() for reference in _grown) if tensor is not None]
-    if level == 1:
+    if not open_levels:
         _grown.clear()
-    dead = [tensor for tensor in (*_young(), *grown) if _is_dead(tensor, level)]
+    dead = [tensor for tensor in (*_young(newest), *grown) if _is_dead(tensor, open_levels)]
     if not dead or _busy_elsewhere():
         return 0
     for tensor in dead:
@@ -149,8 +118,8 @@ def mark_escaped(level: int) -> int:
     return len(dead)
 
 
-def _is_dead(value: torch.Tensor, level: int) -> bool:
-    return type(value) is not EscapedTensor and any(other >= level for other in levels.batch_levels(value))
+def _is_dead(value: torch.Tensor, open_levels: int) -> bool:
+    return type(value) is not EscapedTensor and any(level > open_levels for level in levels.batch_levels(value))
 
 
 _FOLDER = os.path.join(os.path.dirname(torch.__file__), "_functorch")
@@ -166,5 +135,5 @@ def _busy_elsewhere() -> bool:
             path = frame.f_code.co_filename
             if path == _BATCH or path.startswith(_FOLDER):
                 return True
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
     return False

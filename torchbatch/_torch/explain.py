@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from torchbatch._torch import levels
 from torchbatch.errors import (
     DataDependentError,
     EscapedValueError,
@@ -81,8 +82,8 @@ RULES = _rules(
     (
         r"torch\.allclose|aten::(equal|allclose)\b",
         DataDependentError,
-        """Python needs one True or False from comparing per-sample tensors. Use (a == b).all() or torch.isclose(a, b).all(), which
-        stay tensors.""",
+        """Python needs one True or False from comparing per-sample tensors. Use (a == b).all() or torch.isclose(a, b).all(),
+        which stay tensors.""",
     ),
     (
         r"random operation while in randomness error mode",
@@ -214,7 +215,7 @@ def _shared_write(where: _Place | None, shared: Mapping[str, torch.Tensor]) -> s
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are one, or one is a view of the other."""
-    return a is b or getattr(b, "_base", None) is a or (a.layout is torch.strided and torch._C._is_alias_of(a, b))
+    return a is b or levels.share_memory(a, b)
 
 
 def _written(where: _Place | None) -> tuple[str, torch.Tensor] | None:

@@ -7,19 +7,16 @@ Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._functorch._se
 
 from __future__ import annotations
 
-import linecache
-import os
-import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from types import FrameType, TracebackType
+from collections.abc import Sequence
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch._C import _functorch
 
-from torchbatch._torch import batching
+from torchbatch._torch import batching, caller
 from torchbatch.errors import AxisError, DataDependentError, FallbackError, FallbackWarning, UnsupportedOperationError
 
 MODES = ("warn", "error", "silent")
@@ -104,11 +101,11 @@ def announce(name: str) -> None:
     policy = mode()
     if policy == "silent":
         return
-    frame = user_frame()
+    frame = caller.user_frame()
     if policy == "error":
         raise FallbackError(
             f"{name} has no batching rule, so it would run once per sample, and fallback('error') refuses that. Express it "
-            f"by other operations, or allow the loop with fallback('warn') or fallback('silent').{_line(frame)}"
+            f"by other operations, or allow the loop with fallback('warn') or fallback('silent').{caller.line()}"
         )
     text = (
         f"{name} has no batching rule, so it runs once per sample: the result is right, but it takes as long as a loop. "
@@ -120,27 +117,6 @@ def announce(name: str) -> None:
     registry = frame.f_globals.setdefault("__warningregistry__", {})
     module = frame.f_globals.get("__name__", "")
     warnings.warn_explicit(text, FallbackWarning, frame.f_code.co_filename, frame.f_lineno, module, registry)
-
-
-_LIBRARIES = (
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
-    os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
-)
-
-
-def user_frame() -> FrameType | None:
-    """The innermost running frame that belongs neither to torchbatch nor to PyTorch."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
-        frame = frame.f_back
-    return frame
-
-
-def _line(frame: FrameType | None) -> str:
-    if frame is None:
-        return ""
-    file, number = frame.f_code.co_filename, frame.f_lineno
-    return f"\n  in {frame.f_code.co_name}, {file}:{number}\n    {linecache.getline(file, number).strip()}".rstrip()
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -177,9 +153,19 @@ def _loop(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: in
     for i in range(max(size, 1)):
         positional = [_pick(column, i) for column in columns]
         rows.append(operator(*positional, **{key: _pick(column, i) for key, column in named.items()}))
-    if targets:
-        return targets[0] if len(targets) == 1 else tuple(targets)
-    return _joined(operator, rows, size, level)
+    if len(operator._schema.returns) == 1:
+        return _result(operator, rows, targets, 0, size, level)
+    results = [[row[i] for row in rows] for i in range(len(operator._schema.returns))]
+    return tuple(_result(operator, column, targets, i, size, level) for i, column in enumerate(results))
+
+
+def _result(operator: Any, rows: list[Any], targets: list[Any], index: int, size: int, level: int) -> Any:
+    """One result for all samples: the argument that was written to, or what the samples returned, put together."""
+    alias = operator._schema.returns[index].alias_info
+    if alias is None or not alias.is_write:
+        return _joined(operator, rows, size, level)
+    writes = [a.alias_info for a in operator._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return targets[next(i for i, written in enumerate(writes) if written.before_set == alias.before_set)]
 
 
 class _Samples:
@@ -191,7 +177,7 @@ class _Samples:
         if axis is None:
             return
         if empty:  # a made-up sample, to learn what the operator returns
-            self._each = [torch.ones_like(value.movedim(axis, 0).sum(0, dtype=value.dtype))]
+            self._each = [batching.made_up(value.movedim(axis, 0))]
         elif written:
             self._each = [value.select(axis, i) for i in range(count)]
         else:
@@ -214,7 +200,7 @@ def _refuse_views(operator: Any) -> None:
         if result.alias_info is not None and not result.alias_info.is_write:
             raise UnsupportedOperationError(
                 f"{operator} gives a view of its argument, and PyTorch has no rule to make such a view for all samples at once. "
-                f"Copy the value, or express the view by others (select, narrow, reshape, ...).{_line(user_frame())}"
+                f"Copy the value, or express the view by others (select, narrow, reshape, ...).{caller.line()}"
             )
 
 
@@ -234,7 +220,7 @@ def _joined(operator: Any, rows: list[Any], size: int, level: int) -> Any:
         return type(first)(_joined(operator, list(column), size, level) for column in zip(*rows, strict=True))
     if any(row != first for row in rows) or operator is torch.ops.aten.equal.default:
         raise DataDependentError(
-            f"{operator} returns a Python value, and per-sample values can give each sample another one.{_line(user_frame())}"
+            f"{operator} returns a Python value, and per-sample values can give each sample another one.{caller.line()}"
         )
     return first
 
@@ -250,8 +236,6 @@ def _stacked(operator: Any, column: list[Any], size: int, level: int) -> Any:
 def _ragged(operator: Any) -> DataDependentError:
     return DataDependentError(
         f"The shape of what {operator} returns depends on values that vary from sample to sample, so the results cannot be "
-        f"stacked.{_line(user_frame())}"
+        f"stacked.{caller.line()}"
     )
 
-
-Rule = Callable[[str], batching.Kernel]

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchbatch._torch import batching, caller
+from torchbatch._torch.fallback import loop_kernel
+from torchbatch.errors import DataDependentError, UnsupportedOperationError
+
 TABLE: dict[str, Callable[..., Any]] = {}
 
 
@@ -32,6 +36,13 @@ def formula(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def put(_: Any, x: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> Tensor:
     """Write into the flattened tensor."""
     return x.reshape(-1).index_put((index.reshape(-1),), source.reshape(-1), accumulate).reshape(x.shape)
+
+
+@formula("take")
+def take(_: Any, x: Tensor, index: Tensor) -> Tensor:
+    """Read from the flattened tensor."""
+    place = torch.where(index < 0, index + x.numel(), index).reshape(-1)
+    return x.reshape(-1).gather(0, place).reshape(index.shape)
 
 
 @formula("index_reduce")
@@ -69,6 +80,8 @@ def masked_scatter_backward(_: Any, grad: Tensor, mask: Tensor, sizes: list[int]
 @formula("nonzero_static")
 def nonzero_static(_: Any, x: Tensor, *, size: int, fill_value: int = -1) -> Tensor:
     """The first ``size`` places of elements that are not zero, in order."""
+    if x.numel() == 0:
+        return torch.full_like(x, fill_value, dtype=torch.int64).new_full((size, x.dim()), fill_value)
     flat = (x != 0).reshape(-1)
     order = torch.argsort(flat.logical_not().to(torch.uint8), stable=True)[:size]
     order = torch.cat([order, order.new_zeros(size - order.shape[0])])
@@ -114,3 +127,112 @@ def pdist(_: Any, x: Tensor, p: float = 2.0) -> Tensor:
     """The distances of all pairs of rows."""
     first, second = torch.triu_indices(x.shape[0], x.shape[0], 1, device=x.device)
     return torch.linalg.vector_norm(x[first] - x[second], p, dim=-1)
+
+
+@formula("polygamma_")
+def polygamma(_: Any, x: Tensor, n: int) -> Tensor:
+    """The functional form takes its arguments the other way round."""
+    return x.copy_(torch.polygamma(n, x))
+
+
+# --- what looks at values --------------------------------------------------------------------------------------------
+
+
+@formula("embedding_renorm_")
+def embedding_renorm(_: Any, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """Shrink the rows in use whose norm is too large."""
+    norm = torch.linalg.vector_norm(weight, norm_type, dim=1)
+    used = (torch.arange(weight.shape[0], device=weight.device) == indices.reshape(-1, 1)).any(0)
+    return weight.copy_(torch.where(used & (norm > max_norm), max_norm / (norm + 1e-7), 1.0).unsqueeze(1) * weight)
+
+
+@formula("repeat_interleave.Tensor")
+def repeat_interleave(_: Any, repeats: Tensor, *, output_size: int | None = None) -> Any:
+    """Each position as often as it says."""
+    if output_size is None:
+        return loop_kernel("repeat_interleave.Tensor")(repeats)
+    ends = repeats.cumsum(0)
+    return torch.searchsorted(ends, torch.arange(output_size, device=repeats.device, dtype=ends.dtype), right=True).to(repeats.dtype)
+
+
+@formula("tensor_split.tensor_indices_or_sections")
+def tensor_split(_: Any, x: Tensor, places: Tensor, dim: int = 0) -> Any:
+    """Split where a tensor says, if it says the same for all samples."""
+    if batching.batch_size((places,), {}, batching.current_level()) is None:
+        return torch.tensor_split(x, places.tolist() if places.dim() else int(places), dim)
+    raise DataDependentError(
+        "tensor_split cuts at places that vary from sample to sample, so the parts have no fixed shape. Give the places as "
+        f"numbers or as an unmapped tensor, or read windows of one length with torch.narrow or torch.gather.{caller.line()}"
+    )
+
+
+@formula("histc")
+def histc(_: Any, x: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
+    """Count the elements between each pair of edges; the last bin has both of its edges."""
+    flat = x.reshape(-1)
+    low, high = _histogram_range(flat, min, max)
+    step = (high - low) / bins
+    at = torch.arange(bins + 1, device=x.device, dtype=x.dtype)
+    edges = torch.where(at < (bins + 1) // 2, low + step * at, high - step * (bins - at))
+    place = torch.searchsorted(edges, flat, right=True) - 1
+    place = torch.where(flat == high, bins - 1, place)
+    counted = (flat >= low) & (flat <= high)
+    room = torch.zeros_like(edges[:-1] * flat.sum())
+    return room.scatter_add(0, place.clamp(0, bins - 1), counted.to(x.dtype))
+
+
+def _histogram_range(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    if low != high or x.numel() == 0:
+        low, high = (low, high) if low != high else (low - 1, high + 1)
+        return torch.as_tensor(low, dtype=x.dtype, device=x.device), torch.as_tensor(high, dtype=x.dtype, device=x.device)
+    first, last = torch.aminmax(x)
+    flat = first == last
+    return torch.where(flat, first - 1, first), torch.where(flat, last + 1, last)
+
+
+@formula("resize_as_")
+def resize_as(operator: Any, x: Tensor, template: Tensor, **_: Any) -> Tensor:
+    """Nothing to do where the shape is right; else refused."""
+    if x.shape == template.shape:
+        return x
+    raise UnsupportedOperationError(
+        f"{operator} cannot change the shape of a per-sample tensor in place. Use x.reshape(...), torch.nn.functional.pad or "
+        f"a new tensor.{caller.line()}"
+    )
+
+
+# --- connectionist temporal classification ---------------------------------------------------------------------------
+
+
+@formula("_ctc_loss")
+def ctc_loss(operator: Any, scores: Tensor, targets: Tensor, inputs: list[int], lengths: list[int], *options: Any, **named: Any) -> Any:
+    """All sequences of all samples as one batch of sequences."""
+    level = batching.current_level()
+    size = batching.batch_size((scores, targets), {}, level) or 0
+    with batching.below():
+        loss, alpha = operator(
+            _sequences(scores, level, size, 1), _sequences(targets, level, size, 0), inputs * size, lengths * size,
+            *options, **named,
+        )  # fmt: skip
+        return tuple(batching.wrapped(part.unflatten(0, (size, -1)), level) for part in (loss, alpha))
+
+
+@formula("_ctc_loss_backward")
+def ctc_loss_backward(
+    operator: Any, grad: Tensor, scores: Tensor, targets: Tensor, inputs: list[int], lengths: list[int], loss: Tensor,
+    alpha: Tensor, *options: Any, **named: Any,
+) -> Tensor:  # fmt: skip
+    """The gradient of the same."""
+    level = batching.current_level()
+    size = batching.batch_size((grad, scores, targets, loss, alpha), {}, level) or 0
+    with batching.below():
+        fold = [_sequences(value, level, size, axis) for value, axis in ((grad, 0), (scores, 1), (targets, 0), (loss, 0), (alpha, 0))]
+        result = operator(*fold[:3], inputs * size, lengths * size, *fold[3:], *options, **named)
+        return batching.wrapped(result.unflatten(1, (size, -1)).movedim(1, 0), level)
+
+
+def _sequences(value: Tensor, level: int, size: int, axis: int) -> Tensor:
+    """Join the samples with the axis of the sequences."""
+    inner = batching.opened(value, level)
+    front = value.unsqueeze(0).expand(size, *value.shape) if inner.axis is None else inner.front()
+    return front.movedim(0, axis).flatten(axis, axis + 1)

@@ -6,8 +6,7 @@ tensor, with a ``__torch_function__`` that looks before it is written to. If the
 does not have, the tensor gets that axis first: the Python object is given a new, batched body, and so is every view of it
 that is still alive. A tensor that is only read stays one tensor for all samples and costs nothing more.
 
-Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._swap_tensor_impl``, ``torch._C._is_alias_of``,
-and those of :mod:`torchbatch._torch.levels`.
+Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._swap_tensor_impl``, and those of :mod:`torchbatch._torch.levels`.
 """
 
 from __future__ import annotations
@@ -64,15 +63,15 @@ def settle(tensor: torch.Tensor) -> None:
     """Make a local tensor an ordinary one again, when it leaves the mapped function."""
     if type(tensor) is LocalTensor:
         del tensor._home, tensor._parent, tensor._views
-        tensor.__class__ = torch.Tensor
+        tensor.__class__ = torch.Tensor  # type: ignore[assignment]
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[LocalTensor]:
     """The local tensor that a call writes to, if any."""
     name = getattr(func, "__name__", "")
-    if name == "__setitem__" or name in _AUGMENTED or (name.endswith("_") and not name.endswith("__")):
-        if args and type(args[0]) is LocalTensor:
-            yield args[0]
+    in_place = name == "__setitem__" or name in _AUGMENTED or (name.endswith("_") and not name.endswith("__"))
+    if in_place and args and type(args[0]) is LocalTensor:
+        yield args[0]
 
 
 def _write_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -169,7 +168,7 @@ def _adopt_results(func: Any, args: Any, kwargs: dict[str, Any], result: Any) ->
     for pick, item in picks:
         if type(item) is not torch.Tensor:
             continue
-        source = next((t for t in given if _share_memory(t, item)), None)
+        source = next((t for t in given if levels.share_memory(t, item)), None)
         if source is None and not levels.is_wrapped(item):
             adopt(item)
         elif type(source) is LocalTensor:
@@ -180,13 +179,6 @@ def _adopt_view(view: torch.Tensor, parent: LocalTensor, replay: _Replay) -> Non
     local = adopt(view)
     local._home, local._parent = parent._home, parent  # type: ignore[attr-defined]
     parent._views.append((weakref.ref(local), replay))  # type: ignore[arg-type]
-
-
-def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    first, second = levels.innermost(a), levels.innermost(b)
-    if first.layout is not torch.strided or second.layout is not torch.strided:
-        return False
-    return torch._C._is_alias_of(first, second)
 
 
 _HOLE = object()

@@ -10,7 +10,8 @@ write in place (:mod:`torchbatch.core.writes`).
 
 Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._parse_dispatch_key``,
 ``torch._C._dispatch_tls_set_dispatch_key_included``, ``_dispatch_tls_is_dispatch_key_included``,
-``_dispatch_tls_is_dispatch_key_excluded``, ``torch._C._len_torch_dispatch_stack``, and the keys
+``_dispatch_tls_is_dispatch_key_excluded``, ``torch._C._len_torch_dispatch_stack``,
+``torch._ops._HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS``, ``torch._ops._higher_order_ops``, and the keys
 ``TESTING_ONLY_GenericMode`` and ``TESTING_ONLY_GenericWrapper``, which PyTorch keeps free for its own tests.
 """
 
@@ -20,10 +21,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import _ops
 
 _KEY_NAME, _WRITES_KEY_NAME = "TESTING_ONLY_GenericMode", "TESTING_ONLY_GenericWrapper"
-KEY = torch._C._parse_dispatch_key(_KEY_NAME)
-WRITES_KEY = torch._C._parse_dispatch_key(_WRITES_KEY_NAME)
+KEY: Any = torch._C._parse_dispatch_key(_KEY_NAME)
+WRITES_KEY: Any = torch._C._parse_dispatch_key(_WRITES_KEY_NAME)
 _FRONT = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
 include = torch._C._dispatch_tls_set_dispatch_key_included
 is_included = torch._C._dispatch_tls_is_dispatch_key_included
@@ -33,6 +35,11 @@ _every_operator = torch.library.Library("_", "IMPL")
 _every_operator.fallback(torch.library.fallthrough_kernel, _KEY_NAME)
 _every_operator.fallback(torch.library.fallthrough_kernel, _WRITES_KEY_NAME)
 _aten = torch.library.Library("aten", "IMPL")
+# Operators that take functions (autograd.Function, cond, scan) have a dispatcher of their own, in Python.
+_ops._HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS.extend([KEY, WRITES_KEY])
+for _operator in _ops._higher_order_ops.values():
+    _operator.fallthrough(KEY)
+    _operator.fallthrough(WRITES_KEY)
 
 Operator = Callable[..., Any]
 

@@ -10,6 +10,7 @@ Private names used, seen on torch 2.11, 2.13 and 2.15: ``OpOverload._op_dk``, ``
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,8 +46,22 @@ def _when_batched(name: str, run: Callable[[Any, tuple[Any, ...], dict[str, Any]
 
 
 def _implicit(name: str) -> Kernel:
-    """PyTorch's own definition by other operators."""
-    return lambda *args, **kwargs: batching.operator_of(name)._op_dk(_IMPLICIT, *args, **kwargs)
+    """PyTorch's own definition by other operators, or the loop where that needs the values of some sample."""
+    loop = loop_kernel(name)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        operator = batching.operator_of(name)
+        try:
+            return operator._op_dk(_IMPLICIT, *args, **kwargs)
+        except RuntimeError as error:
+            if operator._schema.is_mutable or not _NEEDS_VALUES.search(str(error)):
+                raise
+        return loop(*args, **kwargs)
+
+    return kernel
+
+
+_NEEDS_VALUES = re.compile(r"vmap: (?!We do not support batching operators that can output dynamic)|Python value|Cannot access (data pointer|storage) of|requires special handling")
 
 
 def _explicit(name: str) -> Kernel:
@@ -215,6 +230,33 @@ def _leading(ranks: tuple[int, ...]) -> Callable[[str], Kernel]:
     return make
 
 
+def _folded(ranks: tuple[int, ...]) -> Callable[[str], Kernel]:
+    """An operator whose ``i``-th tensor may have a batch axis before its last ``ranks[i]``: the samples become part of it."""
+
+    def make(name: str) -> Kernel:
+        def run(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            level = batching.current_level()
+            size = batching.batch_size(args, kwargs, level)
+            rank_of = dict(zip((id(value) for value in args if isinstance(value, torch.Tensor)), ranks, strict=True))
+
+            def fold(value: torch.Tensor) -> torch.Tensor:
+                inner = batching.opened(value, level)
+                front = value.unsqueeze(0).expand(size, *value.shape) if inner.axis is None else inner.front()
+                return front.flatten(0, 1) if value.dim() > rank_of[id(value)] else front
+
+            with batching.below():
+                results = operator(*[batching.replaced(value, fold) for value in args], **kwargs)
+                parts = [results] if isinstance(results, torch.Tensor) else results
+                if args[0].dim() > ranks[0]:
+                    parts = [part.unflatten(0, (size, -1)) for part in parts]
+                wrapped = [batching.wrapped(part, level) for part in parts]
+            return wrapped[0] if isinstance(results, torch.Tensor) else tuple(wrapped)
+
+        return _when_batched(name, run)
+
+    return make
+
+
 # --- which operator takes which --------------------------------------------------------------------------------------
 
 _POLYNOMIALS = [
@@ -229,7 +271,7 @@ _POLYNOMIALS = [
 ELEMENTWISE = {
     *_POLYNOMIALS,
     *(f"{name}.{kind}" for name in _POLYNOMIALS for kind in ("n_scalar", "x_scalar")),
-    *"special_airy_ai _standard_gamma_grad _dirichlet_grad dequantize.self int_repr".split(),
+    *"_conj_physical special_airy_ai _standard_gamma_grad _dirichlet_grad dequantize.self int_repr".split(),
 }
 
 LEADING: dict[str, tuple[int, ...]] = {
@@ -239,9 +281,16 @@ LEADING: dict[str, tuple[int, ...]] = {
     "ormqr": (2, 1, 2),
 }
 
+FOLDED: dict[str, tuple[int, ...]] = {
+    "fractional_max_pool2d": (3, 2),
+    "fractional_max_pool2d_backward": (3, 3, 3),
+    "fractional_max_pool3d": (4, 2),
+    "fractional_max_pool3d_backward": (4, 4, 4),
+}
+
 #: Operators whose C++ definition by other operators works for batched tensors.
 EXPLICIT = set(
-    "_conj_physical soft_margin_loss soft_margin_loss_backward binary_cross_entropy_with_logits fill.Scalar fill.Tensor "
+    "soft_margin_loss_backward binary_cross_entropy_with_logits fill.Scalar fill.Tensor "
     "huber_loss_backward smooth_l1_loss_backward rrelu_with_noise_backward unsafe_split_with_sizes zero "
     "lift linalg__powsum norm.ScalarOpt_dtype".split()
 )
@@ -251,14 +300,14 @@ DECOMPOSED = set(
     "_addmm_activation _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _weight_norm_interface "
     "addr affine_grid_generator isin.Tensor_Tensor isin.Tensor_Scalar isin.Scalar_Tensor masked_fill.Tensor max_unpool2d "
     "max_unpool3d mse_loss_backward multi_margin_loss multilabel_margin_loss_forward nll_loss_backward nll_loss_forward "
-    "nll_loss2d_backward nll_loss2d_forward norm.ScalarOpt_dim_dtype renorm special_log_ndtr take unfold_backward "
-    "_batch_norm_with_update_functional _chunk_cat view_copy.dtype native_dropout_backward".split()
+    "nll_loss2d_backward nll_loss2d_forward norm.ScalarOpt_dim_dtype renorm special_log_ndtr unfold_backward "
+    "soft_margin_loss _batch_norm_with_update_functional _chunk_cat view_copy.dtype native_dropout_backward".split()
 )
 
 #: Operators of which PyTorch's own definition by others does not work for batched tensors, or answers a question of Python.
 LOOPED = set(
     "_add_batch_dim _remove_batch_dim _backward _version data is_leaf output_nr requires_grad_ retain_grad retains_grad "
-    "set_data set_.source_Tensor_storage_offset nonzero_numpy argwhere".split()
+    "set_data set_.source_Tensor_storage_offset".split()
 )
 
 
@@ -271,11 +320,13 @@ def kernel_of(name: str) -> Kernel:
             return make(name)
     if short in LEADING:
         return _leading(LEADING[short])(name)
+    if short in FOLDED:
+        return _folded(FOLDED[short])(name)
     if short in LOOPED:
         return loop_kernel(name)
     if "out" in overload or base.endswith("_out"):
         return _out(name)
-    if base.endswith("_") and not base.endswith("__"):
+    if base.endswith("_") and not base.endswith("__") and not _has_kernel(name, "CompositeImplicitAutograd"):
         return _in_place(name)
     if base.endswith("_copy"):
         return _copied_view(name)

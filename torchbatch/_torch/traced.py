@@ -30,7 +30,7 @@ def call(
 ) -> Any:
     """``vmap(fun)(*args, **kwargs)``, spelled with operations that Dynamo follows; the axes are already checked."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    prefix = (_per_argument(in_axes, len(args)), {key: 0 for key in kwargs})
+    prefix = (_per_argument(in_axes, len(args)), dict.fromkeys(kwargs, 0))
     axes = pytree._broadcast_to_and_flatten(prefix, spec)
     if axes is None:
         raise AxisError(f"in_axes {in_axes!r} must be a tree prefix of the arguments of the mapped function.")

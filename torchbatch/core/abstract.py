@@ -53,7 +53,12 @@ class Abstract(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         except NotImplementedError as error:
-            raise _needs_values(func) from error
+            if "data-independent" in str(error):
+                raise _needs_values(func) from error
+            raise UnsupportedOperationError(
+                f"eval_shape: PyTorch cannot say which shape {func.__name__} returns without running it. Call the "
+                f"function on small tensors instead."
+            ) from error
 
     def _moved(self, value: Any) -> Any:
         leaves, structure = flatten(value)

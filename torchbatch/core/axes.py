@@ -131,7 +131,7 @@ def open_arguments(in_axes: InAxes, args: tuple[Any, ...], kwargs: dict[str, Any
     values: list[Any] = []
     axes: list[Axis] = []
     prefixes = in_axes.for_arguments(len(args))
-    slots = [_open(prefix, value, i, fun, values, axes) for i, (prefix, value) in enumerate(zip(prefixes, args))]
+    slots = [_open(prefix, value, i, fun, values, axes) for i, (prefix, value) in enumerate(zip(prefixes, args, strict=True))]
     keywords = {key: _open(_KEYWORD, value, key, fun, values, axes) for key, value in kwargs.items()}
     leaves = [_as_mapped(value, axis) for value, axis in zip(values, axes, strict=True)]
     bad = [i for i, leaf in enumerate(leaves) if leaf is _BAD]
@@ -252,7 +252,7 @@ def mapped_names(in_axes: InAxes, args: tuple[Any, ...], kwargs: dict[str, Any],
     """The names of the leaves in ``Mapped.values``, e.g. ``batch['y'][0]``."""
     mapped: list[Any] = []
     prefixes = in_axes.for_arguments(len(args))
-    for i, (prefix, value) in enumerate(zip(prefixes, args)):
+    for i, (prefix, value) in enumerate(zip(prefixes, args, strict=True)):
         _open(prefix, value, i, fun, mapped, [])
     for key, value in kwargs.items():
         _open(_KEYWORD, value, key, fun, mapped, [])
@@ -263,7 +263,7 @@ def mapped_names(in_axes: InAxes, args: tuple[Any, ...], kwargs: dict[str, Any],
 def _names(in_axes: InAxes, args: tuple[Any, ...], kwargs: dict[str, Any], fun: Any) -> list[str]:
     """One name per leaf under a mapped prefix, in the order of :func:`open_arguments`."""
     names: list[str] = []
-    for i, (prefix, value) in enumerate(zip(in_axes.for_arguments(len(args)), args)):
+    for i, (prefix, value) in enumerate(zip(in_axes.for_arguments(len(args)), args, strict=True)):
         root = argument_name(fun, i)
         if prefix.structure is None:
             pieces, roots = [value], [root]
@@ -280,7 +280,7 @@ def _names(in_axes: InAxes, args: tuple[Any, ...], kwargs: dict[str, Any], fun: 
 def shared_tensors(in_axes: InAxes, args: tuple[Any, ...], fun: Any) -> dict[str, torch.Tensor]:
     """The tensors in the unmapped parts of the arguments, by name."""
     found: dict[str, torch.Tensor] = {}
-    for i, (prefix, value) in enumerate(zip(in_axes.for_arguments(len(args)), args)):
+    for i, (prefix, value) in enumerate(zip(in_axes.for_arguments(len(args)), args, strict=True)):
         root = argument_name(fun, i)
         whole = prefix.structure is None
         pieces = [value] if whole else tree.flatten_up_to(prefix.sealed, value, what="in_axes", root=root)

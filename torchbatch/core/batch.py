@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import torch
-
-from torchbatch._torch.escape import Watch, counts, deaths
 from torchbatch._torch.levels import add_batch_dim, enter_level, leave_level
 from torchbatch._torch.overlay import KEY, WRITES_KEY, include, is_included
 from torchbatch.core.frames import in_scope
@@ -24,9 +21,8 @@ def run(
     name: Hashable,
     randomness: str,
     finish: Finish,
-    watch: Watch,
     writes: bool,
-) -> Any:
+) -> tuple[Any, int]:
     """``finish`` of ``call(*values)`` with each value's axis mapped; the level is closed whatever happens.
 
     Args:
@@ -34,11 +30,9 @@ def run(
         values, axes: tensors, each with the axis that is mapped; a value whose axis is None is handed on as it is.
         size, name, randomness: of the mapped axis.
         finish: takes the results out of the level.
-        watch: looks for values that escaped.
         writes: whether ``call`` may write into tensors that it makes.
     """
     stack = in_scope.stack
-    before = counts()
     level = enter_level(size, randomness)
     if not stack:
         include(KEY, True)
@@ -46,15 +40,11 @@ def run(
     if made_writable:
         include(WRITES_KEY, True)
     stack.append((name, size, level))
-    new = -1
     try:
         if len(values) == 1:  # the commonest call, kept free of loops
-            result, new = finish(call(add_batch_dim(values[0], axes[0], level)), level, size, values)
-            return result
-        batched = [value if axis is None else add_batch_dim(value, axis, level) for value, axis in zip(values, axes)]
-        result, new = finish(call(*batched), level, size, values)
-        del batched
-        return result
+            return finish(call(add_batch_dim(values[0], axes[0] or 0, level)), level, size, values)
+        batched = [value if axis is None else add_batch_dim(value, axis, level) for value, axis in zip(values, axes, strict=True)]
+        return finish(call(*batched), level, size, values)
     finally:
         stack.pop()
         if not stack:
@@ -62,6 +52,3 @@ def run(
         if made_writable:
             include(WRITES_KEY, False)
         leave_level()
-        after = counts()
-        if after[0] - before[0] - new != watch.allowed or after[1] != before[1] or deaths.seen:
-            watch.check(level, before, after, new)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from torchbatch._torch import draws
-from torchbatch._torch.escape import Watch
 from torchbatch.core import batch
 from torchbatch.core.axes import Mapped
 from torchbatch.core.outputs import OutAxes
@@ -23,9 +22,8 @@ def run(
     name: Hashable,
     randomness: str,
     out: OutAxes,
-    watch: Watch,
     writes: bool,
-) -> Any:
+) -> tuple[Any, int]:
     """Map ``call`` over ``chunk_size`` samples at a time and join the results.
 
     Every chunk begins with the state that the random generators had at first. Under ``randomness="same"`` it so draws what
@@ -42,8 +40,9 @@ def run(
         finish = _Finish(out)
         part = draws.part_of(start, size, values) if randomness == "different" else contextlib.nullcontext()
         with part:
-            chunks.append(batch.run(call, values, mapped.axes, length, name, randomness, finish, watch, writes))
-    return finish.rebuild([_join(parts, how) for parts, how in zip(zip(*chunks, strict=True), finish.joins, strict=True)])
+            chunks.append(batch.run(call, values, mapped.axes, length, name, randomness, finish, writes)[0])
+    joined = [_join(parts, how) for parts, how in zip(zip(*chunks, strict=True), finish.joins, strict=True)]
+    return finish.rebuild(joined), sum(isinstance(x, torch.Tensor) for x in joined)
 
 
 class _Finish:
@@ -61,8 +60,6 @@ class _Finish:
 
 
 def _join(parts: Sequence[Any], how: int | str) -> Any:
-    if how == "once":
-        return parts[0]
-    if how == "sum":
-        return torch.stack(tuple(parts)).sum(0, dtype=parts[0].dtype)
-    return torch.cat(tuple(parts), dim=how)
+    if isinstance(how, int):
+        return torch.cat(tuple(parts), dim=how)
+    return parts[0] if how == "once" else torch.stack(tuple(parts)).sum(0, dtype=parts[0].dtype)

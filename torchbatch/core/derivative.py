@@ -33,7 +33,7 @@ def is_inexact(tensor: torch.Tensor) -> bool:
 
 
 def conjugate(tensor: torch.Tensor) -> torch.Tensor:
-    """The complex conjugate, in memory: a lazy one cannot become a NumPy array, and ``conj_physical`` is slow in vmap."""
+    """The complex conjugate in memory: NumPy takes no lazy one, and ``conj_physical`` is slow under vmap."""
     return torch.complex(tensor.real, -tensor.imag) if tensor.is_complex() else tensor
 
 

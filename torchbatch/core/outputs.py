@@ -71,7 +71,10 @@ class OutAxes:
                 f"{self._path(output, index)} is {leaf!r} of type {type(leaf).__name__}, which is not an array. Return tensors, "
                 "arrays and numbers only, or give None for it in out_axes if it is the same for all samples."
             )
-        return levels.remove_batch_dim(value, level, size, self._bounded(index, value, axis, output))
+        at = self._bounded(index, value, axis, output)
+        if at and levels.unwrap_batched(value, level)[1] is None:  # PyTorch broadcasts only along a first axis
+            return value.unsqueeze(at).expand(*value.shape[:at], size, *value.shape[at:])
+        return levels.remove_batch_dim(value, level, size, at)
 
     def _unmapped(self, index: int, leaf: Any, value: torch.Tensor, level: int, output: Any) -> Any:
         inner, at = levels.unwrap_batched(value, level)

@@ -80,7 +80,7 @@ class Swap(TorchFunctionMode):
 
     def _swapped(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return self.replace(value if self.outer is None else self.outer._swapped(value))
+            return self.replace(value)
         if isinstance(value, dict):
             return {key: self._swapped(item) for key, item in value.items()}
         if type(value) in (tuple, list):
@@ -102,29 +102,38 @@ class FirstRun(Swap):
         super().__init__()
         self.outside: list[torch.Tensor] = []
         self.stand_ins: list[torch.Tensor] = []
+        self.names: dict[int, tuple[torch.Tensor, int]] = {}  # by id: a tensor the function reads, its place in outside
         self.known: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
         for tensor in arguments:
-            self.admit(tensor)
+            self.admit(tensor, tensor)
 
-    def admit(self, tensor: torch.Tensor) -> None:
-        """Note a tensor from outside and make a detached stand-in for it."""
+    def admit(self, tensor: torch.Tensor, read: torch.Tensor) -> None:
+        """Note a tensor from outside, which the function reads as ``read``, and make a detached stand-in for it."""
+        self.instead[id(tensor)] = (
+            tensor  # until there is a better one: an outer run sees the next line as an operation
+        )
         inside = tensor.detach()
+        self.names[id(tensor)] = tensor, len(self.outside)
+        pass
         self.outside.append(tensor)
         self.stand_ins.append(inside)
         self.instead[id(tensor)] = self.instead[id(inside)] = inside
 
     def replace(self, tensor: torch.Tensor) -> torch.Tensor:
         """The stand-in for a tensor from outside; else the tensor itself."""
-        if id(tensor) not in self.instead and id(tensor) not in self.known:
-            *_, base = wrappers.layers(tensor, self.level)
+        seen = tensor if self.outer is None else self.outer.replace(tensor)
+        if id(seen) not in self.known:
+            *_, base = wrappers.layers(seen, self.level)
             if id(base) not in self.instead and id(base) not in self.known:
-                self.admit(base)
-        return self.instead.get(id(tensor), tensor)
+                self.admit(base, tensor if base is seen else base)
+            elif seen is not tensor and id(seen) in self.names:
+                self.names[id(tensor)] = tensor, self.names[id(seen)][1]
+        return self.instead.get(id(seen), seen)
 
     def note(self, results: Sequence[Any]) -> None:
         """Remember the results of operations, which are not from outside."""
         for leaf in results:
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and id(leaf) not in self.instead:
                 self.known[id(leaf)] = leaf
         if self.outer is not None:
             self.outer.note(results)
@@ -133,9 +142,11 @@ class FirstRun(Swap):
 class SecondRun(Swap):
     """Put other tensors in the place of those that the first run noted."""
 
-    def __init__(self, outside: Sequence[torch.Tensor], instead: Sequence[torch.Tensor]) -> None:
+    def __init__(self, names: dict[int, tuple[torch.Tensor, int]], instead: Sequence[torch.Tensor]) -> None:
         super().__init__()
-        self.instead = {id(old): new for old, new in zip(outside, instead, strict=True)}
+        self.names = names
+        self.instead = {name: instead[place] for name, (_, place) in names.items()}
+        self.read: set[int] = set()
         self.new = {id(tensor) for tensor in instead}
 
     def replace(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -145,13 +156,17 @@ class SecondRun(Swap):
                 return tensor
             if id(layer) in self.instead:
                 if layer is tensor:
+                    self.read.add(self.names[id(layer)][1])
                     return self.instead[id(layer)]
-                raise UnsupportedOperationError(
-                    f"checkpoint: the function hands a tensor of shape {list(layer.shape)} that it closes over "
-                    f"straight to a transform such as vmap or grad. Make that tensor an argument of the checkpointed "
-                    f"function."
-                )
-        return tensor
+                raise _unseen()
+        return tensor if self.outer is None else self.outer.replace(tensor)
+
+
+def _unseen() -> UnsupportedOperationError:
+    return UnsupportedOperationError(
+        "checkpoint: the function hands a tensor that it closes over straight to a transform such as vmap or grad. "
+        "Make that tensor an argument of the checkpointed function."
+    )
 
 
 class Segment:
@@ -168,20 +183,23 @@ class Segment:
         self.surroundings = Surroundings(arguments)
         first = FirstRun(arguments)
         leaves, structure = self._call(first, first.stand_ins)
-        self.outside = first.outside
+        self.names = first.names
         inexact = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and is_inexact(leaf)]
         values = [leaves[i] for i in inexact]
-        tied = Tie.apply(self, len(values), *values, *self.outside) if values else ()  # type: ignore[no-untyped-call]
+        tied = Tie.apply(self, len(values), *values, *first.outside) if values else ()  # type: ignore[no-untyped-call]
         if first.outer is not None:
             first.outer.note(tied)
         for i, value in zip(inexact, tied, strict=True):
             leaves[i] = value
         return structure.unflatten(leaves)
 
-    def again(self, instead: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The inexact outputs with other tensors in the place of those from outside."""
+    def again(self, instead: Sequence[torch.Tensor], wanted: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """The inexact outputs with other tensors in the place of those from outside; ``wanted`` must be read."""
+        second = SecondRun(self.names, instead)
         with self.surroundings.again():
-            leaves, _ = self._call(SecondRun(self.outside, instead), instead)
+            leaves, _ = self._call(second, instead)
+        if any(place >= len(self.positions) and place not in second.read for place in wanted):
+            raise _unseen()
         return tuple([leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and is_inexact(leaf)])
 
     def _call(self, mode: Swap, tensors: Sequence[torch.Tensor]) -> tuple[list[Any], Any]:
@@ -193,16 +211,17 @@ class Segment:
             return flatten(self.fun(*args, **kwargs))
 
     def pull(
-        self, inputs: Sequence[torch.Tensor], wanted: Sequence[int], cotangents: Sequence[torch.Tensor]
+        self, inputs: Sequence[torch.Tensor], wanted: Sequence[int], cotangents: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
         """Cotangents of the ``wanted`` inputs, None for the others."""
 
         def flat(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return self.again(_placed(inputs, wanted, values))
+            return self.again(_placed(inputs, wanted, values), wanted)
 
-        _, pull = torch.func.vjp(flat, *[inputs[i] for i in wanted])[:2]
+        outputs, pull = torch.func.vjp(flat, *[inputs[i] for i in wanted])[:2]
+        full = [torch.zeros_like(o) if c is None else c for o, c in zip(outputs, cotangents, strict=True)]
         found: list[torch.Tensor | None] = [None] * len(inputs)
-        for i, value in zip(wanted, pull(tuple(cotangents)), strict=True):
+        for i, value in zip(wanted, pull(tuple(full)), strict=True):
             found[i] = value
         return found
 
@@ -212,7 +231,7 @@ class Segment:
         """Tangents of the outputs along tangents of the ``wanted`` inputs."""
 
         def flat(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return self.again(_placed(inputs, wanted, values))
+            return self.again(_placed(inputs, wanted, values), wanted)
 
         with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):  # turns forward mode on
             inputs = [forward_ad.unpack_dual(tensor).primal for tensor in inputs]  # type: ignore[no-untyped-call]
@@ -242,14 +261,17 @@ class Tie(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep the inputs, and not the values."""
+        ctx.set_materialize_grads(False)
         ctx.segment, ctx.count, *tensors = inputs
         ctx.save_for_backward(*tensors[ctx.count :])
         ctx.save_for_forward(*tensors[ctx.count :])
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         """The pullback of a second run."""
         start = 2 + ctx.count
+        if any(ctx.needs_input_grad[:start]):
+            raise _unseen()
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[start:]) if needed]
         inputs = [wrappers.alive(tensor) for tensor in ctx.saved_tensors]
         return (*[None] * start, *ctx.segment.pull(inputs, wanted, cotangents))
@@ -257,6 +279,8 @@ class Tie(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         """The pushforward of a second run."""
+        if any(tangent is not None for tangent in tangents[: 2 + ctx.count]):
+            raise _unseen()
         given = tangents[2 + ctx.count :]
         wanted = [i for i, tangent in enumerate(given) if tangent is not None]
         inputs = [wrappers.alive(tensor) for tensor in ctx.saved_tensors]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def run(options: Options) -> None:
     check_packages()
     device = check_device(options.device)
     check_output(options.output)
+    with one_thread():
+        show(options, device)
+
+
+def show(options: Options, device: torch.device) -> None:
+    """The demo itself, once everything that it needs is there."""
     generator = torch.Generator().manual_seed(options.seed)
     digits, held_out = split(load().to(device), HELD_OUT, generator)
     model = new_model(options.seed).to(device)
@@ -55,6 +62,17 @@ def run(options: Options) -> None:
     with report.waiting(f"Taking {COMPARED} gradients both ways, {REPETITIONS} times"):
         comparison = compare(model, digits[:COMPARED], REPETITIONS)
     report.print_comparison(comparison, device)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread on the CPU: operators on images this small gain nothing from more, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def new_model(seed: int) -> SmallCNN:

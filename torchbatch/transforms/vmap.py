@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import sys
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 
-from torchbatch._torch import draws, explain, factories, traced
-from torchbatch._torch.escape import watch_of
+from torchbatch._torch import draws as draws  # registers its operators, as do factories
+from torchbatch._torch import escape, explain, traced
+from torchbatch._torch import factories as factories
+from torchbatch._torch.escape import counts, deaths
 from torchbatch.core import axes as axes_
 from torchbatch.core import batch, chunks
-from torchbatch.core.describe import function_name
+from torchbatch.core.axes import Axis
 from torchbatch.core.outputs import OutAxes
+from torchbatch.core.wrapper import Wrapper
 from torchbatch.core.writes import may_write
 from torchbatch.errors import AxisError, AxisSpecError, TorchbatchError
 
 _Tensor = torch.Tensor
 _is_compiling = torch.compiler.is_compiling
-_ABOUT = ("__module__", "__name__", "__qualname__", "__doc__", "__annotations__")
 _ONE_AXIS = {axis: axes_.InAxes(axis) for axis in range(-3, 4)}
 _RANDOMNESS = ("error", "different", "same")
 
@@ -90,50 +90,48 @@ def vmap(
     return Vmapped(fun, in_axes, out_axes, axis_name, axis_size, spmd_axis_name, sum_match, randomness, chunk_size)
 
 
-class Vmapped:
+class Vmapped(Wrapper):
     """The mapped function that :func:`vmap` returns."""
 
     def __init__(self, fun: Callable[..., Any], in_axes: Any, out_axes: Any, *options: Any) -> None:
-        self._recipe = (fun, in_axes, out_axes, *options)
+        super().__init__(fun, in_axes, out_axes, *options)
         self._name, self._size, _, sum_match, self._randomness, self._chunk_size = options
         self._fun = explain.uncompiled(fun)
-        self._in = _ONE_AXIS.get(in_axes) if type(in_axes) is int else None
-        if self._in is None:
-            self._in = axes_.InAxes(in_axes)
+        in_front = _ONE_AXIS.get(in_axes) if type(in_axes) is int else None
+        self._in = axes_.InAxes(in_axes) if in_front is None else in_front
         self._out = OutAxes(out_axes, bool(sum_match), fun)
         self._finish = self._out.finish
-        self._watch = watch_of(self._fun)
         self._writes = may_write(self._fun)
-        self._plain_axes = self._in.flat if self._chunk_size is None and self._size is None else ()
-        self._every_axis = self._in.single.axes[0] if self._plain_axes is None and self._in.single else None
-        about = self.__dict__
-        for name in _ABOUT:
-            value = getattr(fun, name, None)
-            if value is not None:
-                about[name] = value
-        about["__wrapped__"] = fun
+        # Where these two are set, a call with bare tensors only skips everything that has to do with trees.
+        plain = self._chunk_size is None and self._size is None
+        self._plain_axes = (self._in.flat if plain else None) or ()
+        self._every_axis = self._in.single.axes[0] if plain and self._in.single else None
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if _is_compiling():
             return self._traced(args, kwargs)
+        before = counts()
         try:
-            if not kwargs:
-                axes = self._plain_axes
-                if axes is None and self._every_axis is not None:
-                    axes = (self._every_axis,) * len(args)
-                size = _plain_size(args, axes)
-                if size is not None:
-                    return batch.run(self._fun, args, axes, size, self._name, self._randomness, self._finish, self._watch, self._writes)
-            return self._general(args, kwargs)
-        except TorchbatchError:
-            raise
+            axes = self._plain_axes if self._every_axis is None else (self._every_axis,) * len(args)
+            size = None if kwargs else _plain_size(args, axes)
+            if size is None:
+                result, new = self._general(args, kwargs)
+            else:
+                result, new = batch.run(
+                    self._fun, args, axes, size, self._name, self._randomness, self._finish, self._writes
+                )
         except Exception as error:
-            clearer = explain.explain(error, self._shared(args))
+            escape.mark_escaped()
+            clearer = None if isinstance(error, TorchbatchError) else explain.explain(error, self._shared(args))
             if clearer is None:
                 raise
             raise clearer from error
+        after = counts()
+        if after[0] - before[0] != new or after[1] != before[1] or deaths.seen:
+            escape.check(before, after, new)
+        return result
 
-    def _general(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _general(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int]:
         fun, in_axes = self._fun, self._in
         mapped = axes_.open_arguments(in_axes, args, kwargs, fun)
         size = axes_.axis_size(mapped, self._size, lambda: axes_.mapped_names(in_axes, args, kwargs, fun))
@@ -144,14 +142,14 @@ class Vmapped:
 
         if self._chunk_size is not None and self._chunk_size < size:
             return chunks.run(
-                call, mapped, size, self._chunk_size, self._name, self._randomness, self._out, self._watch, self._writes
+                call, mapped, size, self._chunk_size, self._name, self._randomness, self._out, self._writes
             )
         return batch.run(
-            call, mapped.values, mapped.axes, size, self._name, self._randomness, self._finish, self._watch, self._writes
+            call, mapped.values, mapped.axes, size, self._name, self._randomness, self._finish, self._writes
         )
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        _, in_axes, out_axes, *_ = self._recipe
+        in_axes, out_axes, *_ = self.options
         return traced.call(
             self._fun, in_axes, out_axes, self._out.sum_match, self._size, self._randomness, args, kwargs
         )
@@ -160,26 +158,13 @@ class Vmapped:
         """The unmapped tensors of a call by name, for an error that has to name one."""
         return lambda: axes_.shared_tensors(self._in, args, self._fun)
 
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
 
-    def __reduce__(self) -> Any:
-        module, name = self.__module__, self.__qualname__
-        found = sys.modules.get(module)
-        for part in name.split("."):
-            found = getattr(found, part, None)
-        return name if found is self else (Vmapped, self._recipe)
-
-    def __repr__(self) -> str:
-        return f"<vmap of {function_name(self._fun)}>"
-
-
-def _plain_size(args: tuple[Any, ...], axes: tuple[int | None, ...] | None) -> int | None:
+def _plain_size(args: tuple[Any, ...], axes: tuple[Axis, ...]) -> int | None:
     """The size of the mapped axes if all mapped arguments are bare tensors that fit, else None."""
-    if axes is None or len(axes) != len(args):
+    if len(axes) != len(args):
         return None
     size = None
-    for value, axis in zip(args, axes):
+    for value, axis in zip(args, axes, strict=False):
         if axis is None:
             continue
         if type(value) is not _Tensor:
