@@ -114,8 +114,14 @@ def argument(place: tuple[int, str], args: Sequence[Any], kwargs: dict[str, Any]
 
 
 def made_up(empty: torch.Tensor) -> torch.Tensor:
-    """A sample to stand for those of an empty batch, whose first axis has size 0: harmless as a matrix and as an index."""
+    """A sample to stand for those of an empty batch, whose first axis has size 0.
+
+    It is to do no harm as a matrix to be inverted or factorised, as an index, or (int32) as a pivot, which counts from 1.
+    """
     shape = empty.shape[1:]
-    if len(shape) < 2 or not (empty.is_floating_point() or empty.is_complex()):
-        return empty.new_ones(shape) if empty.is_floating_point() or empty.is_complex() else empty.new_zeros(shape)
-    return torch.eye(*shape[-2:], dtype=empty.dtype, device=empty.device).expand(shape).clone()
+    if not (empty.is_floating_point() or empty.is_complex()):
+        return empty.new_full(shape, empty.dtype is torch.int32)
+    if len(shape) < 2:
+        return empty.new_ones(shape)
+    noise = torch.arange(shape.numel(), dtype=torch.float64, device=empty.device).cos().reshape(shape)
+    return (torch.eye(*shape[-2:], dtype=torch.float64, device=empty.device) + noise / 100).to(empty.dtype)

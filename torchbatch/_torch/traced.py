@@ -7,7 +7,7 @@ Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch.utils._pytree.tre
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
@@ -18,35 +18,69 @@ from torchbatch.errors import AxisError, OutputTypeError, UnmappedOutputError
 Tree = Any
 
 
-def call(
-    fun: Callable[..., Any],
-    in_axes: Tree,
-    out_axes: Tree,
-    sum_match: bool,
-    size: int | None,
-    randomness: str,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """``vmap(fun)(*args, **kwargs)``, spelled with operations that Dynamo follows; the axes are already checked."""
+class Options(NamedTuple):
+    """The options of ``vmap``, checked."""
+
+    in_axes: Tree
+    out_axes: Tree
+    sum_match: bool
+    size: int | None
+    randomness: str
+    chunk_size: int | None
+
+
+def mapped(fun: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    """What ``vmap(fun)`` is where it is written inside a function that is being compiled."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return call(fun, options, args, kwargs)
+
+    return wrapper
+
+
+def call(fun: Callable[..., Any], options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``vmap(fun)(*args, **kwargs)``, spelled with operations that Dynamo follows."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    prefix = (_per_argument(in_axes, len(args)), dict.fromkeys(kwargs, 0))
+    prefix = (_per_argument(options.in_axes, len(args)), dict.fromkeys(kwargs, 0))
     axes = pytree._broadcast_to_and_flatten(prefix, spec)
     if axes is None:
-        raise AxisError(f"in_axes {in_axes!r} must be a tree prefix of the arguments of the mapped function.")
-    size = _size(leaves, axes, size)
+        raise AxisError(f"in_axes {options.in_axes!r} must be a tree prefix of the arguments of the mapped function.")
+    size = _size(leaves, axes, options.size)
+    step = size if options.chunk_size is None or options.chunk_size >= size else options.chunk_size
+    parts, ways, out_spec = [], [], None
+    for start in range(0, size, step) if step else (0,):
+        length = min(step, size - start)
+        chunk = leaves if length == size else [_narrow(v, a, start, length) for v, a in zip(leaves, axes, strict=True)]
+        part, ways, out_spec = _run(fun, options, chunk, axes, spec, length)
+        parts.append(part)
+    joined = [_join(pieces, way) for pieces, way in zip(zip(*parts, strict=True), ways, strict=True)]
+    return pytree.tree_unflatten(joined, out_spec)
+
+
+def _run(fun: Any, options: Options, leaves: list[Any], axes: list[Any], spec: Any, size: int) -> tuple[Any, Any, Any]:
+    """The leaves of the output of one chunk, how each is to be joined with those of others, and their structure."""
     every = torch.ones(size, dtype=torch.bool)
-    with levels.traceable_level(size, randomness) as level:
+    with levels.traceable_level(size, options.randomness) as level:
         batched = [_wrap(leaf, axis, level) for leaf, axis in zip(leaves, axes, strict=True)]
         positional, keywords = pytree.tree_unflatten(batched, spec)
         with factories.WithRoom(levels.traceable_add(every, 0, level)):
             output = fun(*positional, **keywords)
         results, out_spec = pytree.tree_flatten(output)
-        ends = pytree._broadcast_to_and_flatten(out_axes, out_spec)
+        ends = pytree._broadcast_to_and_flatten(options.out_axes, out_spec)
         if ends is None:
-            raise AxisError(f"out_axes {out_axes!r} must be a tree prefix of the output of the mapped function.")
-        taken = [_take(leaf, axis, level, size, sum_match) for leaf, axis in zip(results, ends, strict=True)]
-        return pytree.tree_unflatten(taken, out_spec)
+            raise AxisError(f"out_axes {options.out_axes!r} must be a tree prefix of the output of the mapped function.")
+        taken = [_take(leaf, axis, level, size, options.sum_match) for leaf, axis in zip(results, ends, strict=True)]
+        return [value for value, _ in taken], [way for _, way in taken], out_spec
+
+
+def _narrow(leaf: Any, axis: int | None, start: int, length: int) -> Any:
+    return leaf if axis is None or not isinstance(leaf, torch.Tensor) else leaf.narrow(axis, start, length)
+
+
+def _join(parts: Any, way: int | str) -> Any:
+    if len(parts) == 1 or way == "once":
+        return parts[0]
+    return torch.stack(parts).sum(0) if way == "sum" else torch.cat(parts, way)
 
 
 def _per_argument(in_axes: Tree, count: int) -> tuple[Any, ...]:
@@ -79,9 +113,10 @@ def _wrap(leaf: Any, axis: int | None, level: int) -> Any:
     return levels.traceable_add(leaf, axis % leaf.dim(), level)
 
 
-def _take(leaf: Any, axis: int | None, level: int, size: int, sum_match: bool) -> Any:
+def _take(leaf: Any, axis: int | None, level: int, size: int, sum_match: bool) -> tuple[Any, int | str]:
+    """An output leaf outside the level, and how those of several chunks become one."""
     if leaf is None:
-        return None
+        return None, "once"
     if axis is None:
         return _take_unmapped(leaf, level, sum_match)
     if isinstance(leaf, bool | int | float | complex):
@@ -91,15 +126,15 @@ def _take(leaf: Any, axis: int | None, level: int, size: int, sum_match: bool) -
     rank = leaf.dim() + 1
     if not -rank <= axis < rank:
         raise AxisError(f"out_axes {axis} is out of bounds: with the mapped axis the output has {rank} dimensions.")
-    return levels.traceable_remove(leaf, level, size, axis % rank)
+    return levels.traceable_remove(leaf, level, size, axis % rank), axis % rank
 
 
-def _take_unmapped(leaf: Any, level: int, sum_match: bool) -> Any:
+def _take_unmapped(leaf: Any, level: int, sum_match: bool) -> tuple[Any, int | str]:
     if not isinstance(leaf, torch.Tensor):
-        return leaf
+        return leaf, "once"
     inner, at = levels.unwrap_batched(leaf, level)
     if at is None:
-        return leaf
+        return leaf, "once"
     if not sum_match:
         raise UnmappedOutputError("an output of the mapped function varies along the mapped axis, but its out_axes is None.")
-    return inner.sum(at)
+    return inner.sum(at), "sum"

@@ -114,7 +114,7 @@ class FirstRun(Swap):
         )
         inside = tensor.detach()
         self.names[id(tensor)] = tensor, len(self.outside)
-        pass
+        self.names[id(read)] = read, len(self.outside)
         self.outside.append(tensor)
         self.stand_ins.append(inside)
         self.instead[id(tensor)] = self.instead[id(inside)] = inside

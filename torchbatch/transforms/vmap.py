@@ -87,6 +87,8 @@ def vmap(
     if unknown:
         raise _unknown_options(unknown)
     _check_options(fun, axis_name, axis_size, randomness, chunk_size)
+    if _is_compiling():
+        return traced.mapped(fun, traced.Options(in_axes, out_axes, sum_match, axis_size, randomness, chunk_size))
     return Vmapped(fun, in_axes, out_axes, axis_name, axis_size, spmd_axis_name, sum_match, randomness, chunk_size)
 
 
@@ -101,7 +103,7 @@ class Vmapped(Wrapper):
         self._in = axes_.InAxes(in_axes) if in_front is None else in_front
         self._out = OutAxes(out_axes, bool(sum_match), fun)
         self._finish = self._out.finish
-        self._writes = may_write(self._fun)
+        self._writes = _is_compiling() or may_write(self._fun)
         # Where these two are set, a call with bare tensors only skips everything that has to do with trees.
         plain = self._chunk_size is None and self._size is None
         self._plain_axes = (self._in.flat if plain else None) or ()
@@ -111,6 +113,8 @@ class Vmapped(Wrapper):
         if _is_compiling():
             return self._traced(args, kwargs)
         before = counts()
+        if self._writes is None:
+            self._writes = may_write(self._fun)
         try:
             axes = self._plain_axes if self._every_axis is None else (self._every_axis,) * len(args)
             size = None if kwargs else _plain_size(args, axes)
@@ -142,17 +146,16 @@ class Vmapped(Wrapper):
 
         if self._chunk_size is not None and self._chunk_size < size:
             return chunks.run(
-                call, mapped, size, self._chunk_size, self._name, self._randomness, self._out, self._writes
+                call, mapped, size, self._chunk_size, self._name, self._randomness, self._out, bool(self._writes)
             )
         return batch.run(
-            call, mapped.values, mapped.axes, size, self._name, self._randomness, self._finish, self._writes
+            call, mapped.values, mapped.axes, size, self._name, self._randomness, self._finish, bool(self._writes)
         )
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         in_axes, out_axes, *_ = self.options
-        return traced.call(
-            self._fun, in_axes, out_axes, self._out.sum_match, self._size, self._randomness, args, kwargs
-        )
+        options = traced.Options(in_axes, out_axes, self._out.sum_match, self._size, self._randomness, self._chunk_size)
+        return traced.call(self._fun, options, args, kwargs)
 
     def _shared(self, args: tuple[Any, ...]) -> Callable[[], dict[str, torch.Tensor]]:
         """The unmapped tensors of a call by name, for an error that has to name one."""
