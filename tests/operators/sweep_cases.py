@@ -62,6 +62,10 @@ class Sample(NamedTuple):
 
 
 BATCH = 3
+#: Whether batches of size 0 are among the cases.
+EMPTY_BATCHES = False
+#: Whether a result that may be the same for all samples is asked for along an axis other than the first.
+UNMAPPED_RESULTS_ANYWHERE = False
 
 
 @functools.lru_cache(maxsize=4)
@@ -110,13 +114,16 @@ def _fits(a: Any, b: Any) -> bool:
     return type(a) is type(b) and (a == b or repr(a) == repr(b) or callable(a))
 
 
-def cases(name: str, limit: int, dtype: torch.dtype | None = None, every: int = 1) -> Iterator[Case]:
+def cases(name: str, limit: int, dtype: torch.dtype | None = None, gradients: bool = False) -> Iterator[Case]:
     """The cases of an operator: all tensors mapped, and each alone, over several axes and sizes."""
     op = OPERATORS[name]
     variants = ["function"] + (["inplace"] if op.inplace_variant is not None else [])
+    if gradients:
+        variants = ["gradient"] if op.supports_autograd and dtype_of(op).is_floating_point else []
     for index, sample in enumerate(samples(name, dtype or dtype_of(op), limit)):
         count = len(sample.leaves[0])
-        mixtures = {(True,) * count} | {tuple(i == j for j in range(count)) for i in range(count)}
+        dense = [leaf.layout is torch.strided for leaf in sample.leaves[0]]
+        mixtures = {tuple(dense)} | {tuple(i == j and dense[j] for j in range(count)) for i in range(count)}
         for variant in variants if not sample.broadcasts_input else variants[:1]:
             for mapped in sorted(mixtures, reverse=True):
                 if any(mapped):
@@ -128,7 +135,8 @@ def _placed(name: str, variant: str, index: int, mapped: tuple[bool, ...]) -> It
     if all(mapped):
         for shift, axis in enumerate(("first", "last", "middle")):
             yield Case(name, variant, index, mapped, axis, (BATCH, 1, BATCH)[(digest + shift) % 3], (0, -1, 1)[shift])
-        yield Case(name, variant, index, mapped, "first", 0, 0)
+        if EMPTY_BATCHES:
+            yield Case(name, variant, index, mapped, "first", 0, 0)
     else:
         axis = ("first", "last", "middle")[digest % 3]
         yield Case(name, variant, index, mapped, axis, (BATCH, 1)[digest // 3 % 2], (0, -1, 1)[digest // 6 % 3])
@@ -179,6 +187,8 @@ class Ragged(Exception):
 
 
 def _call_of(op: Any, variant: str, sample: Sample) -> Callable[..., list[Any]]:
+    if variant == "gradient":
+        return _gradient_of(_call_of(op, "function", sample))
     function = op.op if variant == "function" else op.inplace_variant
 
     def call(*tensors: Any) -> list[Any]:
@@ -189,6 +199,25 @@ def _call_of(op: Any, variant: str, sample: Sample) -> Callable[..., list[Any]]:
         return [x for x in out if x is not None]
 
     return call
+
+
+def _gradient_of(call: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """The gradients of a weighted sum of the results with respect to every floating argument."""
+
+    def gradients(*tensors: Any) -> list[Any]:
+        floating = [i for i, x in enumerate(tensors) if x.is_floating_point()]
+
+        def scalar(*values: Any) -> Any:
+            filled = list(tensors)
+            for i, value in zip(floating, values, strict=True):
+                filled[i] = value
+            results = [x for x in call(*filled) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+            weights = [torch.linspace(1, 2, x.numel(), dtype=x.dtype).reshape(x.shape) for x in results]
+            return sum((x * w).sum() for x, w in zip(results, weights, strict=True))
+
+        return list(torch.func.grad(scalar, tuple(range(len(floating))))(*[tensors[i] for i in floating]))
+
+    return gradients
 
 
 def _loop(call: Callable[..., list[Any]], sample: Sample, case: Case) -> list[torch.Tensor]:
@@ -234,7 +263,8 @@ def _mapped(
         inputs.append(batch)
         in_axes.append(axis)
     ranks = [x.dim() for x in expected] if isinstance(expected, list) else []
-    out_axes = [case.out_axis if -rank <= case.out_axis < rank else 0 for rank in ranks]
+    varied = UNMAPPED_RESULTS_ANYWHERE or (all(case.mapped) and all(x.numel() for x in inputs))
+    out_axes = [case.out_axis if varied and -rank <= case.out_axis < rank else 0 for rank in ranks]
     torch.manual_seed(17)
     outs = vmap(call, tuple(in_axes), out_axes if ranks else 0, randomness="different")(*inputs)
     return outs, out_axes
@@ -270,13 +300,22 @@ RANDOM = {
 }  # fmt: skip
 
 
-def run(names: list[str], vmap: Callable[..., Any], limit: int, show: bool) -> collections.Counter[str]:
+def run(
+    names: list[str],
+    vmap: Callable[..., Any],
+    limit: int,
+    show: bool,
+    dtype: torch.dtype | None = None,
+    gradients: bool = False,
+) -> collections.Counter[str]:
     """Count the verdicts over all cases of some operators."""
     total: collections.Counter[str] = collections.Counter()
     for name in names:
         mine: dict[tuple[str, str], list[Case]] = {}
-        for case in cases(name, limit):
-            verdict = check(case, vmap, limit=limit)
+        if dtype is not None and dtype not in OPERATORS[name].supported_dtypes("cpu"):
+            continue
+        for case in cases(name, limit, dtype, gradients):
+            verdict = check(case, vmap, dtype, limit)
             total[verdict.kind] += 1
             total["cases"] += 1
             mine.setdefault((verdict.kind, verdict.detail), []).append(case)
@@ -293,6 +332,8 @@ def main() -> None:
     parser.add_argument("--func", action="store_true")
     parser.add_argument("--limit", type=int, default=6)
     parser.add_argument("--part", default="0/1")
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--gradients", action="store_true")
     parser.add_argument("names", nargs="*")
     options = parser.parse_args()
     part, parts = map(int, options.part.split("/"))
@@ -302,7 +343,7 @@ def main() -> None:
         import torchbatch
         vmap = torchbatch.vmap
     names = options.names or [n for k, n in enumerate(sorted(OPERATORS)) if k % parts == part]
-    print(dict(run(names, vmap, options.limit, True)))
+    print(dict(run(names, vmap, options.limit, True, options.dtype and getattr(torch, options.dtype), options.gradients)))
 
 
 if __name__ == "__main__":

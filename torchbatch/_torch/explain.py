@@ -135,6 +135,12 @@ RULES = _rules(
         "{0} can be run neither for all samples at once nor one by one. Express it by other operations.",
     ),
     (
+        r"channels_last|is_contiguous inside of vmap|Tensor\.clone\(memory_format\)",
+        UnsupportedOperationError,
+        """The layout of one sample in memory is asked for (memory_format=torch.channels_last), but the samples lie side by side.
+        Leave memory_format out: it changes no value.""",
+    ),
+    (
         r"autograd\.Function.*?(setup_context|vmap staticmethod|generate_vmap_rule)",
         UnsupportedOperationError,
         """A torch.autograd.Function inside vmap needs forward and setup_context apart, and generate_vmap_rule = True or a vmap

@@ -9,6 +9,7 @@ Private names used: those of :mod:`torchbatch._torch.levels` and :mod:`torchbatc
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -32,13 +33,19 @@ FACTORIES = (
 def _local_result(operator: overlay.Operator) -> overlay.Operator:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         result = operator(*args, **kwargs)
-        if any(True for _ in levels.batch_levels(result)):
+        if any(True for _ in levels.batch_levels(result)) or (not result.dim() and _is_deepcopy()):
             return result
         return _with_room(result) if overlay.is_traced() else local.adopt(result)
 
     return kernel
 
 
+def _is_deepcopy() -> bool:
+    """Whether ``copy.deepcopy`` makes the tensor, which has to be of the same class as the copied one."""
+    return sys._getframe(3).f_code is _DEEPCOPY
+
+
+_DEEPCOPY = torch.Tensor.__deepcopy__.__code__
 REGISTERED = [name for name in FACTORIES if overlay.register_factory(name, _local_result)]
 
 

@@ -201,7 +201,23 @@ def resize_as(operator: Any, x: Tensor, template: Tensor, **_: Any) -> Tensor:
     )
 
 
-# --- connectionist temporal classification ---------------------------------------------------------------------------
+# --- sequences -------------------------------------------------------------------------------------------------------
+
+
+@formula("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward")
+def attention(operator: Any, *args: Any, attn_mask: Tensor | None = None, **options: Any) -> Any:
+    """The samples as part of the batch that attention has already."""
+    level = batching.current_level()
+    size = batching.batch_size(args, {"mask": attn_mask}, level) or 0
+    count = args[0].shape[0]
+    if attn_mask is not None:
+        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+        attn_mask = attn_mask.expand(count, *attn_mask.shape[1:])
+    with batching.below():
+        folded = [batching.replaced(value, lambda x: _sequences(x, level, size, 0)) for value in args]
+        mask = None if attn_mask is None else _sequences(attn_mask, level, size, 0)
+        results = operator(*folded, attn_mask=mask, **options)
+        return tuple(batching.wrapped(part.unflatten(0, (size, count)), level) for part in results)
 
 
 @formula("_ctc_loss")

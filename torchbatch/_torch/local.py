@@ -6,19 +6,24 @@ tensor, with a ``__torch_function__`` that looks before it is written to. If the
 does not have, the tensor gets that axis first: the Python object is given a new, batched body, and so is every view of it
 that is still alive. A tensor that is only read stays one tensor for all samples and costs nothing more.
 
-Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._swap_tensor_impl``, and those of :mod:`torchbatch._torch.levels`.
+Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._swap_tensor_impl``,
+``torch._C._functorch.set_inplace_requires_grad_allowed``, ``get_inplace_requires_grad_allowed``, ``TransformType``,
+``torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters`` and those of :mod:`torchbatch._torch.levels` and
+:mod:`torchbatch._torch.batching`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
-from torchbatch._torch import levels, overlay
-from torchbatch.errors import InPlaceError
+from torchbatch._torch import batching, caller, levels, overlay
+from torchbatch.errors import InPlaceError, UnsupportedOperationError
 
 _AUGMENTED = frozenset(f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split())
 
@@ -27,6 +32,11 @@ _RANDOM = frozenset(
     "bernoulli_ cauchy_ exponential_ geometric_ kaiming_normal_ kaiming_uniform_ log_normal_ normal_ orthogonal_ random_ "
     "trunc_normal_ uniform_ xavier_normal_ xavier_uniform_".split()
 )
+_functorch: Any = torch._C._functorch
+_swap: Callable[[torch.Tensor, torch.Tensor], None] = torch._C._swap_tensor_impl
+_NORMS = frozenset(("batch_norm", "instance_norm"))  # they write into their running averages
+_OPERATOR = type(torch.ops.aten.add.Tensor)
+_DIFFERENTIATES = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
 
 
 class LocalTensor(torch.Tensor):
@@ -34,44 +44,76 @@ class LocalTensor(torch.Tensor):
 
     _home: int  # the number of transforms that were open when it was made
     _parent: LocalTensor | None  # what it is a view of
-    _views: list[tuple[weakref.ref[LocalTensor], _Replay]]
+    _views: _Views  # what is a view of it, by id
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for target in _written(func, args, kwargs):
+        name = getattr(func, "__name__", "").partition(".")[0]
+        special = _SPECIAL.get(name)
+        if special is not None and type(args[0]) is LocalTensor:
+            return special(func, args, kwargs)
+        for target in _written(func, name, args, kwargs):
             _make_room(target, args, kwargs)
-            if getattr(func, "__name__", "") in _RANDOM:
+            if name in _RANDOM:
                 _make_room_for_draws(target)
-        if "out" in kwargs and any(type(t) is LocalTensor for t in _tensors(kwargs["out"])):
+        if "out" in kwargs and type(func) is not _OPERATOR and next(_locals(kwargs["out"]), None) is not None:
             return _write_out(func, args, dict(kwargs))
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-            _adopt_results(func, args, kwargs, result)
-        return result
+        return _run(func, args, kwargs)
+
+    def __copy__(self) -> torch.Tensor:
+        return self.view(self.shape)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain(self).__reduce_ex__(protocol)
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(*args, **kwargs)
+        _adopt_results(func, args, kwargs, result)
+    return result
 
 
 def adopt(tensor: torch.Tensor) -> torch.Tensor:
     """Make a new tensor a local one, unless it varies along every open axis already."""
     if type(tensor) is torch.Tensor:
         tensor.__class__ = LocalTensor
-        tensor._home, tensor._parent, tensor._views = levels.depth(), None, []  # type: ignore[attr-defined]
+        tensor._home, tensor._parent, tensor._views = levels.depth(), None, {}  # type: ignore[attr-defined]
     return tensor
 
 
 def settle(tensor: torch.Tensor) -> None:
-    """Make a local tensor an ordinary one again, when it leaves the mapped function."""
-    if type(tensor) is LocalTensor:
+    """Make a local tensor of the mapped function that ends an ordinary one, or one of the mapped function around it."""
+    if type(tensor) is not LocalTensor or tensor._home < levels.depth():
+        return
+    root = _root(tensor)
+    outer = max((level for level, _, _ in levels.open_maps() if level < levels.depth()), default=0)
+    if outer:
+        root._home = outer
+    else:
         del tensor._home, tensor._parent, tensor._views
         tensor.__class__ = torch.Tensor  # type: ignore[assignment]
 
 
-def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[LocalTensor]:
-    """The local tensor that a call writes to, if any."""
-    name = getattr(func, "__name__", "")
-    in_place = name == "__setitem__" or name in _AUGMENTED or (name.endswith("_") and not name.endswith("__"))
-    if in_place and args and type(args[0]) is LocalTensor:
-        yield args[0]
+def _plain(tensor: LocalTensor) -> torch.Tensor:
+    """An ordinary tensor that shares the memory of a local one."""
+    with torch._C.DisableTorchFunctionSubclass(), _may_require_grad(tensor):
+        return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _written(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Iterator[LocalTensor]:
+    """The local tensors that a call writes to, if any."""
+    if type(func) is _OPERATOR:
+        yield from _locals([batching.argument(place, args, kwargs) for place in batching.written(func)])
+    elif name == "__setitem__" or name in _AUGMENTED or (name.endswith("_") and not name.endswith("__")):
+        yield from _locals(args[0] if args else kwargs.get("tensor"))
+    elif name in _NORMS:
+        yield from _locals([args[1:], kwargs.get("running_mean"), kwargs.get("running_var")])
+
+
+def _locals(value: Any) -> Iterator[LocalTensor]:
+    return (tensor for tensor in _tensors(value) if type(tensor) is LocalTensor)
 
 
 def _write_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -106,10 +148,7 @@ def _make_room(target: LocalTensor, args: Any, kwargs: dict[str, Any]) -> None:
             if level in has:
                 continue
             if level > root._home:
-                raise InPlaceError(
-                    "a per-sample value is written in place into a tensor that was made outside the vmap that maps it, and so "
-                    "is shared by its samples. Make the tensor inside the mapped function, or return the value instead."
-                )
+                raise InPlaceError(_SHARED.format("the vmap that maps it, so that its samples share it") + caller.line())
             _vary(root, level, size)
             has.add(level)
 
@@ -124,7 +163,7 @@ def _make_room_for_draws(target: LocalTensor) -> None:
 
 
 def _root(target: LocalTensor) -> LocalTensor:
-    while target._parent is not None:
+    while type(target._parent) is LocalTensor:
         target = target._parent
     return target
 
@@ -141,10 +180,35 @@ def _sizes(value: torch.Tensor) -> Iterator[tuple[int, int]]:
     return reversed(found)
 
 
+_SHARED = (
+    "A per-sample value is written in place into a tensor that was made outside {}. Make the tensor inside the mapped "
+    "function, or return the value instead."
+)
+
+
 def _vary(root: LocalTensor, level: int, size: int) -> None:
     """Give the object ``root``, and all views of it, a body with one copy per sample of ``level``."""
+    for interpreter in retrieve_all_functorch_interpreters():
+        if interpreter.level() > root._home and interpreter.key() in _DIFFERENTIATES:
+            raise InPlaceError(_SHARED.format("the function that is being differentiated") + caller.line())
     with torch._C.DisableTorchFunctionSubclass():
-        _replace(root, along(root, level, size))
+        if root.requires_grad and root.is_leaf:
+            inner, at = levels.unwrap_batched(along(root.detach(), level, size), level)
+            with _may_require_grad(inner):
+                _replace(root, levels.add_batch_dim(inner.requires_grad_(), at, level))
+        else:
+            _replace(root, along(root, level, size))
+
+
+@contextlib.contextmanager
+def _may_require_grad(tensor: torch.Tensor) -> Iterator[None]:
+    """Let ``requires_grad_`` work, which PyTorch refuses inside transforms, for a tensor that none of them has wrapped."""
+    was = _functorch.get_inplace_requires_grad_allowed()
+    _functorch.set_inplace_requires_grad_allowed(was or not levels.is_wrapped(tensor))
+    try:
+        yield
+    finally:
+        _functorch.set_inplace_requires_grad_allowed(was)
 
 
 def along(tensor: torch.Tensor, level: int, size: int) -> torch.Tensor:
@@ -154,11 +218,21 @@ def along(tensor: torch.Tensor, level: int, size: int) -> torch.Tensor:
 
 
 def _replace(old: LocalTensor, body: torch.Tensor) -> None:
-    torch._C._swap_tensor_impl(old, body)
-    for reference, view in old._views:
-        child = reference()
-        if child is not None and type(child) is LocalTensor:
-            _replace(child, view(old))
+    _swap(old, body)
+    for reference, replay in list(old._views.values()):
+        view = reference()
+        if view is None or type(view) is not LocalTensor:
+            continue
+        remade = replay(old)
+        if not levels.share_memory(remade, old):
+            raise UnsupportedOperationError(f"{_NO_VIEW.format(replay.name)}{caller.line()}")
+        _replace(view, remade)
+
+
+_NO_VIEW = (
+    "A per-sample value is written in place into a tensor of which {} made a view, and PyTorch makes no such view where the "
+    "tensor varies from sample to sample. Write first and take the view then."
+)
 
 
 def _adopt_results(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
@@ -176,9 +250,17 @@ def _adopt_results(func: Any, args: Any, kwargs: dict[str, Any], result: Any) ->
 
 
 def _adopt_view(view: torch.Tensor, parent: LocalTensor, replay: _Replay) -> None:
-    local = adopt(view)
-    local._home, local._parent = parent._home, parent  # type: ignore[attr-defined]
-    parent._views.append((weakref.ref(local), replay))  # type: ignore[arg-type]
+    local: Any = adopt(view)
+    local._home, local._parent = parent._home, parent
+    _enter(parent._views, local, replay)
+
+
+_Views = dict[int, tuple["weakref.ref[LocalTensor]", "_Replay"]]
+
+
+def _enter(views: _Views, view: LocalTensor, replay: _Replay) -> None:
+    key = id(view)
+    views[key] = weakref.ref(view, lambda _: views.pop(key, None)), replay
 
 
 _HOLE = object()
@@ -190,10 +272,13 @@ class _Replay:
     def __init__(self, func: Any, args: Any, kwargs: Any, pick: int | None) -> None:
         self._call = func, args, kwargs
         self._pick = pick
+        self._grad = torch.is_grad_enabled()
+        self.name = getattr(func, "__name__", "an operation")
 
     def __call__(self, parent: torch.Tensor) -> torch.Tensor:
         func, args, kwargs = self._call
-        result = func(*_fill_hole(args, parent), **_fill_hole(kwargs, parent))
+        with torch.set_grad_enabled(self._grad):
+            result = func(*_fill_hole(args, parent), **_fill_hole(kwargs, parent))
         return result if self._pick is None else result[self._pick]
 
 
@@ -211,3 +296,79 @@ def _map(value: Any, change: Callable[[Any], Any]) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_map(item, change) for item in value)
     return change(value)
+
+
+# --- functions with a meaning of their own ---------------------------------------------------------------------------
+
+
+def _require_grad(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """``requires_grad_``, which ``nn.Parameter`` calls."""
+    with _may_require_grad(args[0]):
+        return _run(func, args, kwargs)
+
+
+def _deepcopy(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    with _may_require_grad(args[0]):
+        copied = adopt(overlay.call(_plain(args[0]).__deepcopy__, args[1:], kwargs))
+    for memo in (*args[1:], *kwargs.values()):
+        memo[id(args[0])] = copied
+    return copied
+
+
+def _reshape(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """``unsqueeze_`` and its like: from here on the tensor is a view of what it was, and so are its views."""
+    target: LocalTensor = args[0]
+    with torch._C.DisableTorchFunctionSubclass():
+        before: Any = adopt(torch.ops.aten.alias(target))
+        func(*args, **kwargs)
+    before._home, before._parent, before._views = target._home, target._parent, target._views
+    for reference, _ in before._views.values():
+        view = reference()
+        if view is not None:
+            view._parent = before
+    if before._parent is not None:
+        siblings = before._parent._views
+        _, replay = siblings.pop(id(target))
+        _enter(siblings, before, replay)
+
+    def reshaped(parent: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        return func(torch.ops.aten.alias(parent), *rest, **named)
+
+    target._parent, target._views = before, {}
+    _enter(before._views, target, _Replay(reshaped, (_HOLE, *args[1:]), kwargs, None))
+    return target
+
+
+def _resize(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    target: LocalTensor = args[0]
+    if levels.is_wrapped(target) or target._parent is not None or target._views:
+        raise UnsupportedOperationError(
+            "resize_ cannot change the shape of a tensor that varies from sample to sample, or has views. Make a new one, or "
+            f"take a part of it (narrow).{caller.line()}"
+        )
+    return _run(func, args, kwargs)
+
+
+def _set(operator: overlay.Operator) -> overlay.Operator:
+    """``x.set_(y)``, which knows no ``__torch_function__``."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        if type(args[0]) is LocalTensor:
+            raise UnsupportedOperationError(
+                "set_ cannot make a tensor share the memory of another one inside a mapped function. Use the other one, or "
+                f"copy_.{caller.line()}"
+            )
+        return operator(*args, **kwargs)
+
+    return kernel
+
+
+for _name in ("set_.source_Tensor", "set_.source_Tensor_storage_offset"):
+    overlay.register_factory(_name, _set)
+
+_SPECIAL: dict[str, Callable[[Any, Any, dict[str, Any]], Any]] = {
+    "__deepcopy__": _deepcopy,
+    "requires_grad_": _require_grad,
+    "resize_": _resize,
+    **dict.fromkeys("as_strided_ squeeze_ swapaxes_ swapdims_ t_ transpose_ unsqueeze_".split(), _reshape),
+}

@@ -126,7 +126,10 @@ def _take(leaf: Any, axis: int | None, level: int, size: int, sum_match: bool) -
     rank = leaf.dim() + 1
     if not -rank <= axis < rank:
         raise AxisError(f"out_axes {axis} is out of bounds: with the mapped axis the output has {rank} dimensions.")
-    return levels.traceable_remove(leaf, level, size, axis % rank), axis % rank
+    axis %= rank
+    if levels.unwrap_batched(leaf, level)[1] is None:  # PyTorch's own function repeats only along the first axis here
+        return leaf.unsqueeze(axis).expand(*leaf.shape[:axis], size, *leaf.shape[axis:]), axis
+    return levels.traceable_remove(leaf, level, size, axis), axis
 
 
 def _take_unmapped(leaf: Any, level: int, sum_match: bool) -> tuple[Any, int | str]:

@@ -86,9 +86,9 @@ def vmap(
     """
     if unknown:
         raise _unknown_options(unknown)
-    _check_options(fun, axis_name, axis_size, randomness, chunk_size)
     if _is_compiling():
         return traced.mapped(fun, traced.Options(in_axes, out_axes, sum_match, axis_size, randomness, chunk_size))
+    _check_options(fun, axis_name, axis_size, randomness, chunk_size)
     return Vmapped(fun, in_axes, out_axes, axis_name, axis_size, spmd_axis_name, sum_match, randomness, chunk_size)
 
 
@@ -193,14 +193,19 @@ def _unknown_options(unknown: dict[str, Any]) -> AxisSpecError:
 def _check_options(fun: Any, axis_name: Any, axis_size: Any, randomness: Any, chunk_size: Any) -> None:
     if not callable(fun):
         raise AxisSpecError(f"vmap maps a function, but it got {fun!r} of type {type(fun).__name__}, which is not callable.")
-    try:
-        hash(axis_name)
-    except TypeError as error:
-        raise AxisSpecError(f"axis_name must be hashable, but it is {axis_name!r}.") from error
+    if axis_name is not None:
+        _check_name(axis_name)
     _check_count("axis_size", axis_size, 0)
     _check_count("chunk_size", chunk_size, 1)
     if randomness not in _RANDOMNESS:
         raise AxisError(f"randomness must be 'error', 'different' or 'same', but it is {randomness!r}.")
+
+
+def _check_name(axis_name: Any) -> None:
+    try:
+        hash(axis_name)
+    except TypeError as error:
+        raise AxisSpecError(f"axis_name must be hashable, but it is {axis_name!r}.") from error
 
 
 def _check_count(name: str, value: Any, least: int) -> None:

@@ -1,0 +1,80 @@
+"""What the sweep over PyTorch's operators finds that ``vmap`` does not do as a loop does: every known gap, and why.
+
+An entry is a strict expected failure: each gap must still be there, with this exception. ``LOOPED`` lists the operators that
+are right but run once per sample.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Gap(NamedTuple):
+    """An operator of the database, in one of its variants, and the exception that it ends in."""
+
+    operator: str
+    variant: str
+    error: str
+    why: str
+
+
+#: What the result contains depends on values, and so does its shape: it cannot be one tensor for all samples.
+NO_FIXED_SHAPE = [
+    Gap(name, "function", "DataDependentError", "the number of results depends on values")
+    for name in ("argwhere", "masked_select", "nonzero", "unique", "unique_consecutive")
+] + [
+    Gap("nn.functional.one_hot", "function", "DataDependentError", "num_classes=-1 is the largest value plus one"),
+    Gap("tensor_split", "function", "DataDependentError", "the places to cut at are per-sample"),
+]
+
+#: A per-sample value is written into an unmapped argument, which a loop would write again and again.
+SHARED_WRITE = [
+    Gap(name, "function", "InPlaceError", "an unmapped argument is written in place")
+    for name in (
+        "_batch_norm_with_update", "_native_batch_norm_legit", "native_batch_norm", "nn.functional.batch_norm",
+        "nn.functional.instance_norm", "nn.functional.embedding", "nn.functional.embedding_bag",
+    )
+]  # fmt: skip
+
+#: The samples lie side by side in memory, so one cannot get another shape or layout in place.
+LAYOUT = [
+    *(
+        Gap(name, "inplace", "InPlaceError", "another shape in place")
+        for name in ("as_strided", "as_strided.partial_views")
+    ),
+    Gap("resize_", "function", "UnsupportedOperationError", "another shape in place, where the batch axis is not the first"),
+    *(
+        Gap(name, "function", "UnsupportedOperationError", "memory_format=torch.channels_last for one sample")
+        for name in (
+            "bfloat16", "bool", "byte", "cdouble", "cfloat", "chalf", "char", "double", "float", "half", "int", "long",
+            "short", "to",
+        )
+    ),
+]  # fmt: skip
+
+#: PyTorch's Python code looks at a value.
+PYTHON = [
+    Gap("nn.functional.gaussian_nll_loss", "function", "DataDependentError", "checks in Python that no variance is negative"),
+]
+
+#: PyTorch draws into a tensor that all samples share.
+RANDOM = [
+    Gap("nn.functional.scaled_dot_product_attention", "function", "RandomnessError", "dropout where only the mask is mapped"),
+]
+
+GAPS = [*NO_FIXED_SHAPE, *SHARED_WRITE, *LAYOUT, *PYTHON, *RANDOM]
+
+#: Operators that run once per sample in some of their cases.
+LOOPED = {
+    "_segment_reduce.lengths": "segments",
+    "_segment_reduce.offsets": "segments",
+    "bincount": "the number of bins depends on values",
+    "hash_tensor": "no formula",
+    "histogram": "no formula",
+    "histogramdd": "no formula",
+    "istft": "where the window is per-sample: PyTorch checks that it does not vanish",
+    "nn.functional.ctc_loss": "where the lengths are per-sample",
+    "repeat_interleave": "the number of results depends on values",
+    "torch._scaled_mm": "no formula",
+    "torch._scaled_mm_v2": "no formula",
+}
