@@ -191,6 +191,10 @@ class Case(NamedTuple):
     give_size: bool
     as_numpy: bool
 
+    def sound(self) -> Case:
+        """The same call, of a function that never fails."""
+        return self._replace(plan={"a": Op("number", 0, 0)}, out_axes=0, give_size=True, as_numpy=False)
+
     def thunk(self, lib: Any) -> Any:
         size = {"axis_size": self.size} if self.give_size else {}
         mapped = lib.vmap(function_of(self.plan), in_axes=self.in_axes, out_axes=self.out_axes, **size)
@@ -217,3 +221,186 @@ def cases(draw: Any, dtypes: list[str] = DTYPES) -> Case:
 @given(case=cases())
 def test_random_calls_agree(agree, case):
     agree.either(case.thunk)
+
+
+# --- nesting ---------------------------------------------------------------------------------------------------------
+
+
+class Level(NamedTuple):
+    """One transform of a stack: the letter, and for ``v`` the axes of x and w, the output's, and the size."""
+
+    letter: str
+    x_axis: int | None = None
+    w_axis: int | None = None
+    out_axis: int = 0
+    size: int = 2
+
+
+class Stack(NamedTuple):
+    levels: list[Level]
+    x: np.ndarray
+    w: np.ndarray
+
+    def thunk(self, lib: Any) -> Any:
+        f = base_of(lib)
+        for level in self.levels:
+            f = applied(lib, f, level)
+        return f(lib.array(self.x), lib.array(self.w))
+
+
+def base_of(lib: Any) -> Callable[..., Any]:
+    return lambda x, w: lib.np.sin(x) * w.sum() + x * x * lib.np.tanh(w).sum()
+
+
+def applied(lib: Any, f: Callable[..., Any], level: Level) -> Callable[..., Any]:
+    if level.letter == "v":
+        return lib.vmap(f, in_axes=(level.x_axis, level.w_axis), out_axes=level.out_axis)
+    if level.letter == "g":
+        return lib.grad(lambda x, w: lib.np.tanh(f(x, w)).sum())
+    return lambda x, w: lib.jvp(lambda x: f(x, w), (x,), (lib.np.cos(x),))[1]
+
+
+def inserted(draw: Any, shape: tuple[int, ...], size: int) -> tuple[tuple[int, ...], int]:
+    """A shape with one more axis, and where that is."""
+    axis = draw(st.integers(-len(shape) - 1, len(shape)))
+    at = axis % (len(shape) + 1)
+    return (*shape[:at], size, *shape[at:]), axis
+
+
+@st.composite
+def stacks(draw: Any) -> Stack:
+    letters = draw(st.lists(st.sampled_from("vvgj"), min_size=1, max_size=5).filter(lambda s: 1 <= s.count("v") <= 3))
+    x = w = tuple(draw(st.lists(st.integers(1, 2), max_size=1)))
+    out, levels = x, []
+    for letter in letters:
+        if letter != "v":
+            out = x if letter == "g" else out
+            levels.append(Level(letter))
+            continue
+        size, which = draw(st.integers(1, 3)), draw(st.sampled_from(["x", "w", "xw", "xw"]))
+        (new_x, x_axis), (new_w, w_axis) = inserted(draw, x, size), inserted(draw, w, size)
+        x, x_axis = (new_x, x_axis) if "x" in which else (x, None)
+        w, w_axis = (new_w, w_axis) if "w" in which else (w, None)
+        out, out_axis = inserted(draw, out, size)
+        levels.append(Level(letter, x_axis, w_axis, out_axis, size))
+    return Stack(levels, make_array(draw, x, ["float64"]) / 4, make_array(draw, w, ["float64"]) / 4)
+
+
+@examples(60)
+@given(stack=stacks())
+def test_random_stacks_of_transforms_agree(agree, stack):
+    agree.call(stack.thunk, tolerance=1e-9)
+
+
+# --- bad calls -------------------------------------------------------------------------------------------------------
+
+
+class Thing:
+    """What is not an array."""
+
+
+Damage = Callable[[Any, Case], tuple[Case, type[TorchbatchError]]]
+
+
+def ones(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+def add_argument(case: Case, value: Any, axis: Any) -> Case:
+    """The call with one more mapped argument, in a random place as drawn by its caller."""
+    return case._replace(args=(*case.args, value), in_axes=[*case.in_axes, axis])
+
+
+def other_size(draw: Any, case: Case) -> tuple[Case, type[TorchbatchError]]:
+    case = add_argument(case, ones(case.size, 2), 0)
+    axis = draw(st.sampled_from([0, -1]))
+    return add_argument(case, {"bad": [ones(case.size + 1)]}, draw(st.sampled_from([axis, {"bad": axis}]))), AxisError
+
+
+def rank_too_small(draw: Any, case: Case) -> tuple[Case, type[TorchbatchError]]:
+    rank = draw(st.integers(0, 2))
+    axis = draw(st.sampled_from([rank, rank + 1, -rank - 1, -rank - 5]))
+    return add_argument(case, [ones(*(case.size,) * rank)], axis), AxisError
+
+
+def not_an_array(draw: Any, case: Case) -> tuple[Case, type[TorchbatchError]]:
+    return add_argument(case, draw(st.sampled_from([Thing(), "text", {"a": Thing()}, [b"x"]])), 0), InputTypeError
+
+
+def wrong_count(draw: Any, case: Case) -> tuple[Case, type[TorchbatchError]]:
+    if draw(st.booleans()) or not case.in_axes:
+        return case._replace(in_axes=[*case.in_axes, 0]), AxisError
+    return case._replace(in_axes=list(case.in_axes)[:-1]), AxisError
+
+
+def wrong_prefix(draw: Any, case: Case) -> tuple[Case, type[TorchbatchError]]:
+    make, count = container(draw)
+    prefix = make([draw(st.sampled_from([0, -1, None])) for _ in range(count)])
+    values = [ones(case.size), [ones(case.size)] * 3, {"other": ones(case.size)}]
+    return add_argument(case, draw(st.sampled_from(values)), draw(st.sampled_from([prefix]))), AxisError
+
+
+def bad_in_axis(draw: Any, case: Case) -> tuple[Case, type[TorchbatchError]]:
+    bad = draw(st.sampled_from([True, "0", 0.0, {"a": False}, (0, "1"), Thing()]))
+    return add_argument(case, {"a": ones(case.size)}, bad), AxisSpecError
+
+
+def bad_out_axis(draw: Any, case: Case) -> tuple[Case, type[TorchbatchError]]:
+    bad = draw(st.sampled_from([True, "0", 0.0, {"a": False}, (0, "1"), Thing()]))
+    return case._replace(out_axes=bad), AxisSpecError
+
+
+def out_of_bounds(draw: Any, case: Case) -> tuple[Case, type[TorchbatchError]]:
+    plan = {"a": Op("number", 0, 0), "b": Op("itself", 0, 0)}
+    return case._replace(plan=plan, out_axes=draw(st.sampled_from([1, 9, -9]))), AxisError
+
+
+def out_prefix(draw: Any, case: Case) -> tuple[Case, type[TorchbatchError]]:
+    plan = draw(st.sampled_from([Op("number", 0, 0), [Op("number", 0, 0)] * 3, {"other": Op("number", 0, 0)}]))
+    make, count = container(draw)
+    return case._replace(plan=plan, out_axes=make([0] * count)), AxisError
+
+
+def varying_output(draw: Any, case: Case) -> tuple[Case, type[TorchbatchError]]:
+    size = max(case.size, 1)
+    x = np.arange(size, dtype=np.float32)
+    plan = make_output(draw, Op("itself", 0, 0))
+    return Case(plan, (x,), {}, draw(st.sampled_from([0, [0], (-1,)])), None, size, False, False), UnmappedOutputError
+
+
+def make_output(draw: Any, op: Op) -> Any:
+    make, count = container(draw)
+    return make([op, *[Op("None", 0, 0)] * (count - 1)])
+
+
+def wrong_axis_size(draw: Any, case: Case) -> tuple[Case, type[TorchbatchError]]:
+    case = add_argument(case, ones(case.size), 0)
+    return case._replace(size=case.size + draw(st.integers(1, 2)), give_size=True), AxisError
+
+
+def nothing_mapped(draw: Any, case: Case) -> tuple[Case, type[TorchbatchError]]:
+    return case._replace(in_axes=None, kwargs={}, give_size=False), AxisError
+
+
+OPERATIONS["thing"] = lambda x, y: Thing()
+
+
+def not_an_array_out(draw: Any, case: Case) -> tuple[Case, type[TorchbatchError]]:
+    case = case._replace(plan=make_output(draw, Op("thing", 0, 0)), out_axes=draw(st.sampled_from([0, -1])), give_size=True)
+    return case, OutputTypeError
+
+
+DAMAGES: list[Damage] = [
+    other_size, rank_too_small, not_an_array, wrong_count, wrong_prefix, bad_in_axis, bad_out_axis, out_of_bounds, out_prefix,
+    varying_output, wrong_axis_size, nothing_mapped, not_an_array_out,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@examples(15)
+@given(data=st.data())
+def test_random_bad_calls_fail_alike(agree, damage, data):
+    good = data.draw(cases()).sound()
+    agree.call(good.thunk)
+    bad, error = damage(data.draw, good)
+    agree.call(bad.thunk, error)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+import operator
 import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 _FOLLOWED = (3, 11) <= sys.version_info[:2] <= (3, 13)
@@ -45,6 +47,9 @@ def may_write(fun: Callable[..., Any]) -> bool:
 
 def _reach(thing: Any) -> list[Any] | None:
     """What calling ``thing`` may call in turn; None if it may write, or cannot be followed."""
+    name = getattr(thing, "__name__", "")
+    if _named_in_place(name) or (getattr(thing, "__module__", "") == "_operator" and name in _OPERATOR_WRITES):
+        return None
     if isinstance(thing, functools.partial):
         return [thing.func, *thing.args, *thing.keywords.values()]
     if isinstance(thing, types.MethodType) and isinstance(thing.__func__, types.FunctionType):
@@ -63,13 +68,21 @@ def _reach(thing: Any) -> list[Any] | None:
     return [inner] if inner is not None and _is_library(type(thing)) else None
 
 
+_DATA = (torch.Tensor, torch.dtype, torch.device, np.ndarray, np.generic, bool, int, float, complex, str, bytes, type(None))
+_PLAIN = (types.ModuleType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, *_DATA)
+
+
 def _is_harmless(thing: Any) -> bool:
     """Whether ``thing`` is no Python code of the user's: data, a module of functions, a built-in, a class of a library."""
-    if isinstance(thing, torch.Tensor | types.ModuleType | types.BuiltinFunctionType | types.MethodDescriptorType):
-        return True
-    if isinstance(thing, type):
-        return thing.__module__ == "builtins" or _is_library(thing)
-    return not callable(thing) or _is_library(thing) or getattr(builtins, getattr(thing, "__name__", ""), None) is thing
+    return isinstance(thing, _PLAIN) or (callable(thing) and _is_library(thing))
+
+
+_OPERATOR_WRITES = frozenset(["setitem", *(name for name in dir(operator) if name.startswith("i") and hasattr(operator, name[1:]))])
+
+
+def _named_in_place(name: Any) -> bool:
+    """Whether a function of this name writes in place, by PyTorch's convention."""
+    return isinstance(name, str) and name.endswith("_") and not name.endswith("__")
 
 
 def _is_library(thing: Any) -> bool:
@@ -77,7 +90,7 @@ def _is_library(thing: Any) -> bool:
 
 
 def _in_library(module: str) -> bool:
-    return module.partition(".")[0] in ("torch", "numpy", "math", "operator", "builtins", "torchbatch")
+    return module.partition(".")[0] in ("torch", "numpy", "math", "builtins", "torchbatch")
 
 
 def _reach_module(module: torch.nn.Module) -> list[Any] | None:
@@ -116,10 +129,14 @@ def _resolve(path: tuple[str, ...], variables: dict[str, Any]) -> Any:
     """The value of a dotted global name, as far as it leads through modules."""
     value = variables.get(path[0], getattr(builtins, path[0], _UNKNOWN))
     for name in path[1:]:
-        if not isinstance(value, types.ModuleType):
+        if isinstance(value, _DATA):
             return value
         value = getattr(value, name, _UNKNOWN)
-    return value
+    return _UNKNOWN if path[-1] in _HIDES else value
+
+
+# What may call or write something that the code does not name.
+_HIDES = frozenset({"eval", "exec", "filter", "getattr", "globals", "locals", "map", "reduce", "setattr", "vars", "__import__"})
 
 
 class _Facts(NamedTuple):
@@ -149,7 +166,7 @@ def _read(code: types.CodeType) -> _Facts | None:
     for before, now in zip([None, *instructions], instructions, strict=False):
         if _writes(now) or _calls_local(before, now):
             return None
-    if any(isinstance(constant, tuple) and "out" in constant for constant in code.co_consts):
+    if any(isinstance(constant, tuple) and {"out", "inplace"} & set(constant) for constant in code.co_consts):
         return None  # the names of keyword arguments are a constant
     for path in _paths(instructions, first):
         if path is None:
@@ -168,12 +185,13 @@ def _read(code: types.CodeType) -> _Facts | None:
 
 
 def _writes(now: dis.Instruction) -> bool:
-    name = str(now.argval) if isinstance(now.argval, str) else ""
     if now.opname in ("STORE_SUBSCR", "STORE_SLICE", "IMPORT_NAME"):
         return True
     if now.opname == "BINARY_OP":
         return now.argrepr.endswith("=")
-    return now.opname in ("LOAD_ATTR", "LOAD_METHOD") and name.endswith("_") and not name.endswith("__")
+    if now.opname == "CALL_FUNCTION_EX":
+        return bool((now.arg or 0) & 1)  # **options may hold out=
+    return now.opname.startswith("LOAD_") and now.opname != "LOAD_CONST" and _named_in_place(now.argval)
 
 
 def _calls_local(before: dis.Instruction | None, now: dis.Instruction) -> bool:
