@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
+import itertools
 import sys
 import warnings
 import zlib
@@ -20,6 +21,8 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 
 DTYPES = (torch.float64, torch.float32, torch.complex128, torch.int64, torch.bool)
+#: Operators of which an empty batch cannot tell the shape of the result.
+VALUES_GIVE_SHAPE = {"bincount", "repeat_interleave", "_segment_reduce.lengths"}
 #: Operators whose values are arbitrary or drawn: only shapes and dtypes are compared.
 UNINITIALISED = {"empty", "empty_like", "new_empty", "new_empty_strided", "empty_permuted", "empty_strided"}
 
@@ -72,16 +75,17 @@ UNMAPPED_RESULTS_ANYWHERE = False
 def samples(name: str, dtype: torch.dtype, limit: int) -> list[Sample]:
     """Up to ``limit`` samples of an operator, spread over those the database has."""
     op = OPERATORS[name]
-    columns = [_raw_samples(op, dtype, seed) for seed in range(BATCH)]
+    columns = [_raw_samples(op, dtype, seed, limit) for seed in range(BATCH)]
     chosen = _spread(len(columns[0]), limit)
     return [_merge([column[i] if i < len(column) else columns[0][i] for column in columns]) for i in chosen]
 
 
-def _raw_samples(op: Any, dtype: torch.dtype, seed: int) -> list[Any]:
+def _raw_samples(op: Any, dtype: torch.dtype, seed: int, limit: int) -> list[Any]:
+    """The samples of an operator; of very many only the first, which are made in an order from simple to special."""
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return list(op.sample_inputs("cpu", dtype, requires_grad=False))
+        return list(itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=False), 20 * limit))
 
 
 def _spread(count: int, limit: int) -> list[int]:
@@ -135,7 +139,7 @@ def _placed(name: str, variant: str, index: int, mapped: tuple[bool, ...]) -> It
     if all(mapped):
         for shift, axis in enumerate(("first", "last", "middle")):
             yield Case(name, variant, index, mapped, axis, (BATCH, 1, BATCH)[(digest + shift) % 3], (0, -1, 1)[shift])
-        if EMPTY_BATCHES:
+        if EMPTY_BATCHES and name not in VALUES_GIVE_SHAPE:
             yield Case(name, variant, index, mapped, "first", 0, 0)
     else:
         axis = ("first", "last", "middle")[digest % 3]
@@ -171,6 +175,8 @@ def check(case: Case, vmap: Callable[..., Any], dtype: torch.dtype | None = None
             return Verdict("both fail")
         return Verdict("refused", f"{type(error).__name__}: {_short(error)}")
     if isinstance(expected, Exception):
+        if case.variant == "gradient":  # PyTorch has no derivative for an argument that vmap does not ask about
+            return Verdict("both fail")
         return Verdict("only loop fails", f"{type(expected).__name__}: {_short(expected)}")
     problem = _difference(op, expected, got, out_axes)
     if problem:

@@ -270,14 +270,14 @@ def inserted(draw: Any, shape: tuple[int, ...], size: int) -> tuple[tuple[int, .
 @st.composite
 def stacks(draw: Any) -> Stack:
     letters = draw(st.lists(st.sampled_from("vvgj"), min_size=1, max_size=5).filter(lambda s: 1 <= s.count("v") <= 3))
-    x = w = tuple(draw(st.lists(st.integers(1, 2), max_size=1)))
+    x = w = tuple(draw(st.lists(SIZES, max_size=1)))
     out, levels = x, []
     for letter in letters:
         if letter != "v":
             out = x if letter == "g" else out
             levels.append(Level(letter))
             continue
-        size, which = draw(st.integers(1, 3)), draw(st.sampled_from(["x", "w", "xw", "xw"]))
+        size, which = draw(SIZES), draw(st.sampled_from(["x", "w", "xw", "xw"]))
         (new_x, x_axis), (new_w, w_axis) = inserted(draw, x, size), inserted(draw, w, size)
         x, x_axis = (new_x, x_axis) if "x" in which else (x, None)
         w, w_axis = (new_w, w_axis) if "w" in which else (w, None)
@@ -289,7 +289,7 @@ def stacks(draw: Any) -> Stack:
 @examples(60)
 @given(stack=stacks())
 def test_random_stacks_of_transforms_agree(agree, stack):
-    agree.call(stack.thunk, tolerance=1e-9)
+    agree.call(stack.thunk, tolerance=1e-9, jit=True)
 
 
 # --- bad calls -------------------------------------------------------------------------------------------------------

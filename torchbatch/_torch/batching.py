@@ -113,15 +113,16 @@ def argument(place: tuple[int, str], args: Sequence[Any], kwargs: dict[str, Any]
     return args[index] if index < len(args) else kwargs.get(name)
 
 
-def made_up(empty: torch.Tensor) -> torch.Tensor:
+def made_up(empty: torch.Tensor, integer: int = 0) -> torch.Tensor:
     """A sample to stand for those of an empty batch, whose first axis has size 0.
 
-    It is to do no harm as a matrix to be inverted or factorised, as an index, or (int32) as a pivot, which counts from 1.
+    It is to do no harm as a matrix to be inverted or factorised, as a probability, as an index or divisor (``integer``), or
+    (int32) as a pivot, which counts from 1.
     """
     shape = empty.shape[1:]
     if not (empty.is_floating_point() or empty.is_complex()):
-        return empty.new_full(shape, empty.dtype is torch.int32)
+        return empty.new_full(shape, 1 if empty.dtype is torch.int32 else integer)
     if len(shape) < 2:
-        return empty.new_ones(shape)
-    noise = torch.arange(shape.numel(), dtype=torch.float64, device=empty.device).cos().reshape(shape)
-    return (torch.eye(*shape[-2:], dtype=torch.float64, device=empty.device) + noise / 100).to(empty.dtype)
+        return empty.new_full(shape, 0.9)
+    noise = torch.arange(shape.numel(), dtype=torch.float64, device=empty.device).cos().square().reshape(shape)
+    return (0.9 * torch.eye(*shape[-2:], dtype=torch.float64, device=empty.device) + noise / 100).to(empty.dtype)

@@ -72,6 +72,7 @@ def masked_scatter(_: Any, x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
 def masked_scatter_backward(_: Any, grad: Tensor, mask: Tensor, sizes: list[int]) -> Tensor:
     """The gradient of the source: what the ``k``-th True of the mask took."""
     count = torch.Size(sizes).numel()
+    mask = mask.expand_as(grad)
     place = torch.where(mask, mask.reshape(-1).cumsum(0).reshape(mask.shape) - 1, count).reshape(-1)
     room = torch.zeros_like(place, dtype=grad.dtype).new_zeros(count + 1)
     return room.scatter_add(0, place, grad.reshape(-1) * mask.reshape(-1))[:count].reshape(sizes)
@@ -132,6 +133,8 @@ def pdist(_: Any, x: Tensor, p: float = 2.0) -> Tensor:
 @formula("polygamma_")
 def polygamma(_: Any, x: Tensor, n: int) -> Tensor:
     """The functional form takes its arguments the other way round."""
+    if not x.is_floating_point():
+        raise RuntimeError(f"result type Float can't be cast to the desired output type {x.dtype}")
     return x.copy_(torch.polygamma(n, x))
 
 
@@ -218,6 +221,16 @@ def attention(operator: Any, *args: Any, attn_mask: Tensor | None = None, **opti
         mask = None if attn_mask is None else _sequences(attn_mask, level, size, 0)
         results = operator(*folded, attn_mask=mask, **options)
         return tuple(batching.wrapped(part.unflatten(0, (size, count)), level) for part in results)
+
+
+@formula("_upsample_nearest_exact1d_backward", "_upsample_nearest_exact2d_backward", "_upsample_nearest_exact3d_backward")
+def nearest_backward(operator: Any, grad: Tensor, output: list[int], inputs: list[int], *scales: Any) -> Tensor:
+    """The samples as part of the batch of images."""
+    level = batching.current_level()
+    size = batching.batch_size((grad,), {}, level) or 0
+    with batching.below():
+        result = operator(_sequences(grad, level, size, 0), output, [size * inputs[0], *inputs[1:]], *scales)
+        return batching.wrapped(result.unflatten(0, (size, inputs[0])), level)
 
 
 @formula("_ctc_loss")

@@ -160,6 +160,18 @@ def _has_count(mask: Tensor, count: int) -> bool:
     return count > 0 and not overlay.is_traced() and bool((levels.innermost(mask.sum()) == count).all())
 
 
+@repair("index_fill.int_Tensor")
+def index_fill(_: Original, x: Tensor, dim: int, index: Tensor, value: Tensor) -> Tensor:
+    """Choose between the old value and the new one, where the index is per-sample."""
+    if x.dim() == 0 or not varies(index):
+        result: Tensor = _(x, dim, index, value)
+        return result
+    hit = torch.zeros(x.shape[dim], dtype=torch.bool, device=x.device).index_fill(0, index, True)
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return torch.where(hit.reshape(shape), value.to(x.dtype), x)
+
+
 # --- statistics and random numbers -----------------------------------------------------------------------------------
 
 
@@ -176,6 +188,15 @@ def cov(_: Original, x: Tensor, *, correction: int = 1, fweights: Tensor | None 
     norm = total - correction * ((weight * aweights).sum() / total if aweights is not None else 1)
     centred = rows - (rows * weight).sum(1, keepdim=True) / total
     return ((centred * weight) @ centred.mH / norm.clamp(min=0)).squeeze()
+
+
+@repair("addbmm", "baddbmm", "addmv")
+def integers(_: Original, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The factors of a product of integers are integers, as PyTorch has them without vmap."""
+    if not (x.is_floating_point() or x.is_complex()):
+        kwargs = {key: int(value) for key, value in kwargs.items()}
+    result: Tensor = _(x, *args, **kwargs)
+    return result
 
 
 @repair("linalg_pinv.atol_rtol_tensor", "linalg_pinv.rcond_tensor")
@@ -220,6 +241,13 @@ def _decomposed(name: str) -> None:
 
 for _name in ("multi_margin_loss", "multilabel_margin_loss_forward"):
     _decomposed(_name)
+
+
+@repair("multilabel_margin_loss")
+def multilabel_margin_loss(_: Original, x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
+    """The first result of its forward operator."""
+    loss: Tensor = torch.ops.aten.multilabel_margin_loss_forward(x, target, reduction)[0]
+    return loss
 
 
 @repair("pdist")

@@ -47,7 +47,9 @@ def call(fun: Callable[..., Any], options: Options, args: tuple[Any, ...], kwarg
         raise AxisError(f"in_axes {options.in_axes!r} must be a tree prefix of the arguments of the mapped function.")
     size = _size(leaves, axes, options.size)
     step = size if options.chunk_size is None or options.chunk_size >= size else options.chunk_size
-    parts, ways, out_spec = [], [], None
+    parts: list[list[Any]] = []
+    ways: list[int | str] = []
+    out_spec: Any = None
     for start in range(0, size, step) if step else (0,):
         length = min(step, size - start)
         chunk = leaves if length == size else [_narrow(v, a, start, length) for v, a in zip(leaves, axes, strict=True)]
@@ -78,9 +80,9 @@ def _narrow(leaf: Any, axis: int | None, start: int, length: int) -> Any:
 
 
 def _join(parts: Any, way: int | str) -> Any:
-    if len(parts) == 1 or way == "once":
-        return parts[0]
-    return torch.stack(parts).sum(0) if way == "sum" else torch.cat(parts, way)
+    if len(parts) > 1 and isinstance(way, int):
+        return torch.cat(parts, way)
+    return parts[0] if len(parts) == 1 or way == "once" else torch.stack(parts).sum(0)
 
 
 def _per_argument(in_axes: Tree, count: int) -> tuple[Any, ...]:

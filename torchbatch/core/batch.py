@@ -21,7 +21,7 @@ def run(
     name: Hashable,
     randomness: str,
     finish: Finish,
-    writes: bool,
+    writes: bool | None,
 ) -> tuple[Any, int]:
     """``finish`` of ``call(*values)`` with each value's axis mapped; the level is closed whatever happens.
 

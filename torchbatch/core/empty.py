@@ -22,8 +22,6 @@ def run(call: Callable[..., Any], mapped: Mapped, randomness: str, out: OutAxes,
 
     The axis must have no name: a collective over it would see the made-up sample.
     """
-    values = [_with_one_sample(value, axis) for value, axis in zip(mapped.values, mapped.axes, strict=True)]
-
     def finish(output: Any, level: int, size: int, inputs: Sequence[Any]) -> tuple[Any, int]:
         leaves, axes, rebuild = out.open(output)
         joins = [out.join(leaf, axis, level) for leaf, axis in zip(leaves, axes, strict=True)]
@@ -31,11 +29,20 @@ def run(call: Callable[..., Any], mapped: Mapped, randomness: str, out: OutAxes,
         results = [_emptied(leaf, how) for leaf, how in zip(taken, joins, strict=True)]
         return rebuild(results), sum(isinstance(leaf, torch.Tensor) for leaf in results)
 
-    return batch.run(call, values, mapped.axes, 1, None, randomness, finish, writes)
+    def attempt(integer: int) -> tuple[Any, int]:
+        values = [_with_one_sample(value, axis, integer) for value, axis in zip(mapped.values, mapped.axes, strict=True)]
+        return batch.run(call, values, mapped.axes, 1, None, randomness, finish, writes)
+
+    try:
+        return attempt(0)
+    except RuntimeError as error:
+        if "ZeroDivisionError" not in str(error):
+            raise
+        return attempt(1)
 
 
-def _with_one_sample(value: torch.Tensor, axis: int) -> torch.Tensor:
-    sample = made_up(value.movedim(axis, 0))
+def _with_one_sample(value: torch.Tensor, axis: int, integer: int) -> torch.Tensor:
+    sample = made_up(value.movedim(axis, 0), integer)
     return torch.cat([value, sample.unsqueeze(axis)], dim=axis)
 
 

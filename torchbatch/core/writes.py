@@ -11,7 +11,6 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
-import operator
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -77,7 +76,9 @@ def _is_harmless(thing: Any) -> bool:
     return isinstance(thing, _PLAIN) or (callable(thing) and _is_library(thing))
 
 
-_OPERATOR_WRITES = frozenset(["setitem", *(name for name in dir(operator) if name.startswith("i") and hasattr(operator, name[1:]))])
+_OPERATOR_WRITES = frozenset(
+    "iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor setitem".split()
+)
 
 
 def _named_in_place(name: Any) -> bool:

@@ -95,6 +95,8 @@ def vmap(
 class Vmapped(Wrapper):
     """The mapped function that :func:`vmap` returns."""
 
+    _writes: bool | None
+
     def __init__(self, fun: Callable[..., Any], in_axes: Any, out_axes: Any, *options: Any) -> None:
         super().__init__(fun, in_axes, out_axes, *options)
         self._name, self._size, _, sum_match, self._randomness, self._chunk_size = options
@@ -103,7 +105,7 @@ class Vmapped(Wrapper):
         self._in = axes_.InAxes(in_axes) if in_front is None else in_front
         self._out = OutAxes(out_axes, bool(sum_match), fun)
         self._finish = self._out.finish
-        self._writes = _is_compiling() or may_write(self._fun)
+        self._writes = None  # read off the code at the first call, when all that it names is defined
         # Where these two are set, a call with bare tensors only skips everything that has to do with trees.
         plain = self._chunk_size is None and self._size is None
         self._plain_axes = (self._in.flat if plain else None) or ()
@@ -149,7 +151,7 @@ class Vmapped(Wrapper):
                 call, mapped, size, self._chunk_size, self._name, self._randomness, self._out, bool(self._writes)
             )
         return batch.run(
-            call, mapped.values, mapped.axes, size, self._name, self._randomness, self._finish, bool(self._writes)
+            call, mapped.values, mapped.axes, size, self._name, self._randomness, self._finish, self._writes
         )
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
