@@ -8,21 +8,14 @@ the median over the rounds. Only the ratios are worth quoting, and only with the
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import side_by_side
 import torch
+from side_by_side import Call
 
 import torchbatch
-
-Call = Callable[[], Any]
-BUDGET = 0.02  # seconds that one contender runs in one round
 
 
 class Row(NamedTuple):
@@ -79,65 +72,21 @@ def made_anew(x: torch.Tensor) -> Row:
     return Row("vmap(f)(x), made anew", lambda: torchbatch.vmap(f)(x), lambda: torch.func.vmap(f)(x), lambda: x * 2, 1)
 
 
-def check(entry: Row) -> None:
-    """Stop if the contenders disagree."""
-    results = [torchbatch.tree.leaves(call()) for call in (entry.ours, entry.torch_func, entry.by_hand)]
-    for others in results[1:]:
-        for a, b in zip(results[0], others, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-def measure(calls: list[Call], repeats: int, device: str) -> list[float]:
-    """Median seconds per call of each contender; they take turns in every round."""
-    times: list[list[float]] = [[] for _ in calls]
-    counts = [max(1, int(BUDGET / max(_time(call, 20, device) / 20, 1e-8))) for call in calls]
-    for _ in range(repeats):
-        for call, count, found in zip(calls, counts, times, strict=True):
-            found.append(_time(call, count, device) / count)
-    return [statistics.median(found) for found in times]
-
-
-def _time(call: Call, count: int, device: str) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def machine(device: str) -> str:
-    """The machine, in words."""
-    processor = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            processor = line.partition(":")[2].strip()
-            break
-    gpu = f", {torch.cuda.get_device_name()}" if device == "cuda" else ""
-    return f"{processor}, {torch.get_num_threads()} thread(s){gpu}, torch {torch.__version__}, Python {platform.python_version()}"
-
-
 def main() -> None:
     """Measure, print a table, and write the figures where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--repeats", type=int, default=15)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    print(machine(options.device))
+    options = side_by_side.options(__doc__)
     print(f"{'call':28}{'torchbatch':>12}{'torch.func':>12}{'by hand':>10}{'cheaper than torch.func':>26}{'asked':>8}")
     figures = []
     for entry in rows(options.device):
-        check(entry)
-        ours, theirs, hand = measure([entry.ours, entry.torch_func, entry.by_hand], options.repeats, options.device)
+        calls = [entry.ours, entry.torch_func, entry.by_hand]
+        side_by_side.check(entry.name, calls)
+        ours, theirs, hand = side_by_side.measure(calls, options.repeats, options.device)
         print(
             f"{entry.name:28}{ours * 1e6:9.1f} us{theirs * 1e6:9.1f} us{hand * 1e6:7.1f} us{theirs / ours:23.1f} x"
             f"{entry.at_least:6.0f} x"
         )
         figures.append({"call": entry.name, "torchbatch": ours, "torch_func": theirs, "by_hand": hand})
-    if options.json is not None:
-        options.json.write_text(json.dumps({"machine": machine(options.device), "rows": figures}, indent=1))
+    side_by_side.write(options.json, options.device, figures)
 
 
 if __name__ == "__main__":

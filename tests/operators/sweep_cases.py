@@ -158,7 +158,7 @@ def check(case: Case, vmap: Callable[..., Any], dtype: torch.dtype | None = None
     call = _call_of(op, case.variant, sample)
     try:
         expected = _loop(call, sample, case)
-    except Ragged as error:
+    except RaggedError as error:
         expected = error
     except Exception as error:
         expected = error
@@ -169,7 +169,7 @@ def check(case: Case, vmap: Callable[..., Any], dtype: torch.dtype | None = None
             got, out_axes = _mapped(call, sample, case, vmap, expected)
         slow = any("performance drop" in str(w.message) or w.category.__name__ == "FallbackWarning" for w in caught)
     except Exception as error:
-        if isinstance(expected, Ragged):
+        if isinstance(expected, RaggedError):
             return Verdict("ragged", f"{type(error).__name__}: {_short(error)}")
         if isinstance(expected, Exception):
             return Verdict("both fail")
@@ -188,7 +188,7 @@ def _short(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200]
 
 
-class Ragged(Exception):
+class RaggedError(Exception):
     """The results of different samples have different shapes."""
 
 
@@ -234,14 +234,14 @@ def _loop(call: Callable[..., list[Any]], sample: Sample, case: Case) -> list[to
     stacked = []
     for column in zip(*rows, strict=True):
         if not all(isinstance(x, torch.Tensor) for x in column):
-            raise NoTensor(f"{type(column[0]).__name__} result")
+            raise NoTensorError(f"{type(column[0]).__name__} result")
         if any(x.shape != column[0].shape or x.dtype != column[0].dtype for x in column):
-            raise Ragged
+            raise RaggedError
         stacked.append(torch.stack([_dense(x) for x in column])[: case.size])
     return stacked
 
 
-class NoTensor(Exception):
+class NoTensorError(Exception):
     """The operator returns something that is not a tensor."""
 
 

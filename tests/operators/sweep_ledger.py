@@ -17,6 +17,15 @@ class Gap(NamedTuple):
     error: str
     why: str
 
+    def covers(self, variant: str) -> bool:
+        """Whether the entry speaks of a variant; a gap is also one of the gradient."""
+        return variant == self.variant or (variant == "gradient" and self.variant == "function")
+
+
+def of(operator: str) -> list[Gap]:
+    """The entries of an operator."""
+    return [gap for gap in (*GAPS, *FULL_ONLY) if gap.operator == operator]
+
 
 #: What the result contains depends on values, and so does its shape: it cannot be one tensor for all samples.
 NO_FIXED_SHAPE = [
@@ -42,7 +51,10 @@ LAYOUT = [
         Gap(name, "inplace", "InPlaceError", "another shape in place")
         for name in ("as_strided", "as_strided.partial_views")
     ),
-    Gap("resize_", "function", "UnsupportedOperationError", "another shape in place, where the batch axis is not the first"),
+    *(
+        Gap("resize_", variant, "UnsupportedOperationError", "another shape in place, where the batch axis is not the first")
+        for variant in ("function", "inplace")
+    ),
     *(
         Gap(name, "function", "UnsupportedOperationError", "memory_format=torch.channels_last for one sample")
         for name in (

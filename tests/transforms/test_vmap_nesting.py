@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from torchbatch import vmap
-from torchbatch.core.frames import in_scope, levels
+from torchbatch._torch import levels
+from torchbatch.core.frames import in_scope
 from torchbatch.errors import AxisError, AxisSpecError
 from torchbatch.testing import loop
 from torchbatch.transforms import grad as ours
@@ -81,10 +82,9 @@ def test_rule_10_an_inner_map_sees_the_rank_of_a_sample(agree):
 
 
 def test_rule_10_the_inner_sizes_disagree_and_the_levels_close():
-    before = levels()
     with pytest.raises(AxisError):
         vmap(lambda x: vmap(lambda a, b: a)(x, x[:2]))(tx())
-    assert levels() == before == []
+    assert in_scope.stack == [] and levels.depth() == 0
     assert torch.equal(vmap(vmap(double))(tx()), tx() * 2)
 
 
@@ -161,8 +161,8 @@ def test_rule_10_nests_with_torch_func(name):
     found = vmap(transform(cube))(x)
     if not isinstance(found, tuple):
         found, per_sample = (found,), [(one,) for one in per_sample]
-    expected = tuple(torch.stack([torch.as_tensor(v) for v in column]) for column in zip(*[_flat(p) for p in per_sample], strict=True))
-    for a, b in zip(_flat(found), expected, strict=True):
+    columns = zip(*[_flat(one) for one in per_sample], strict=True)
+    for a, b in zip(_flat(found), [torch.stack(column) for column in columns], strict=True):
         torch.testing.assert_close(a, b)
     outside = transform(lambda x: vmap(cube)(x).sum())(x)
     for a, b in zip(_flat(outside), _flat(transform(lambda x: torch.stack([cube(r) for r in x]).sum())(x)), strict=True):
@@ -354,7 +354,7 @@ def test_rule_10_nested_maps_in_threads():
     def work(n):
         for _ in range(20):
             found = vmap(lambda a: vmap(lambda b: b * n + a.sum())(a))(x)
-            if not torch.allclose(found, x * n + x.sum((1, 2))[:, None, None], atol=1e-5) or levels():
+            if not torch.allclose(found, x * n + x.sum((1, 2))[:, None, None], atol=1e-5) or in_scope.stack:
                 wrong.append(n)
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
@@ -374,7 +374,7 @@ def test_rule_10_an_exception_at_any_depth_closes_every_level(depth):
 
     with pytest.raises(KeyError, match="stop"):
         vmap(functools.partial(nested, 0))(tx(Z))
-    assert levels() == []
+    assert in_scope.stack == [] and levels.depth() == 0
     assert torch.equal(vmap(double)(tx()), tx() * 2)
 
 

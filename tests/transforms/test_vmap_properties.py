@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from torchbatch import tree
 from torchbatch.errors import AxisError, AxisSpecError, InputTypeError, OutputTypeError, TorchbatchError, UnmappedOutputError
-from torchbatch.testing import loop
 
 jax = pytest.importorskip("jax")
 LONG = settings.default.max_examples > 100
@@ -267,6 +266,10 @@ def inserted(draw: Any, shape: tuple[int, ...], size: int) -> tuple[tuple[int, .
     return (*shape[:at], size, *shape[at:]), axis
 
 
+def quarter(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array / 4)
+
+
 @st.composite
 def stacks(draw: Any) -> Stack:
     letters = draw(st.lists(st.sampled_from("vvgj"), min_size=1, max_size=5).filter(lambda s: 1 <= s.count("v") <= 3))
@@ -283,7 +286,7 @@ def stacks(draw: Any) -> Stack:
         w, w_axis = (new_w, w_axis) if "w" in which else (w, None)
         out, out_axis = inserted(draw, out, size)
         levels.append(Level(letter, x_axis, w_axis, out_axis, size))
-    return Stack(levels, make_array(draw, x, ["float64"]) / 4, make_array(draw, w, ["float64"]) / 4)
+    return Stack(levels, quarter(make_array(draw, x, ["float64"])), quarter(make_array(draw, w, ["float64"])))
 
 
 @examples(60)

@@ -4,7 +4,7 @@ A rule is a kernel for the dispatch key of batched tensors. It is called at one 
 batched at that level, at outer levels, or not at all.
 
 Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._dispatch_get_all_op_names``,
-``torch._C._dispatch_has_kernel_for_dispatch_key``, ``torch._C.DispatchKey``, ``torch._C.DispatchKeySet``,
+``torch._C._dispatch_get_registrations_for_dispatch_key``, ``torch._C.DispatchKey``, ``torch._C.DispatchKeySet``,
 ``torch._C._ExcludeDispatchKeyGuard``, ``torch._C._functorch.current_level``, ``OpOverload._schema``,
 ``OpOverload._overloadname`` and those of :mod:`torchbatch._torch.levels`.
 """
@@ -21,7 +21,7 @@ from torchbatch._torch import levels
 
 NAME = "FuncTorchBatched"
 _BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
-_has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+_with_kernel = torch._C._dispatch_get_registrations_for_dispatch_key
 current_level = _functorch.current_level
 
 Operator = Callable[..., Any]
@@ -30,16 +30,8 @@ Kernel = Callable[..., Any]
 
 def lacking() -> list[str]:
     """The names (``aten::add.out``) of PyTorch's operators that have no batching rule."""
-    return [
-        name
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("aten::") and not _has_kernel(name, NAME) and not _has_kernel(name, NAME + "Decomposition")
-    ]
-
-
-def has_rule(name: str) -> bool:
-    """Whether PyTorch has a batching rule for an operator named as in :func:`lacking`."""
-    return _has_kernel(name, NAME) or _has_kernel(name, NAME + "Decomposition")
+    ruled = {*_with_kernel(NAME), *_with_kernel(NAME + "Decomposition")}
+    return [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::") and name not in ruled]
 
 
 def operator_of(name: str) -> Any:

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from torchbatch._torch import levels
-from torchbatch._torch.local import LocalTensor
 from torchbatch.errors import EscapedValueError
 
 counts = gc.get_count
@@ -92,7 +91,7 @@ def _young(newest: int | None = None) -> list[torch.Tensor]:
     return [
         thing
         for thing in (things if newest is None else things[-newest:])
-        if (type(thing) is torch.Tensor or type(thing) is LocalTensor) and levels.is_wrapped(thing)
+        if issubclass(type(thing), torch.Tensor) and type(thing) is not EscapedTensor and levels.is_wrapped(thing)
     ]
 
 

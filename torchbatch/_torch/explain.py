@@ -23,6 +23,7 @@ from torchbatch._torch import levels
 from torchbatch.errors import (
     DataDependentError,
     EscapedValueError,
+    FallbackError,
     InPlaceError,
     RandomnessError,
     TorchbatchError,
@@ -59,7 +60,7 @@ RULES = _rules(
         unmapped argument.""",
     ),
     (
-        r"Cannot access (data pointer|storage) of",
+        r"Cannot access (data pointer|storage) of|aten::is_pinned",
         DataDependentError,
         """The memory of a per-sample tensor is asked for (.numpy(), .tolist(), NumPy functions, copy.deepcopy, pickle,
         .data_ptr()), but it holds all samples at once. Use torch operations inside the function, and convert its result.""",
@@ -68,6 +69,27 @@ RULES = _rules(
         r"boolean mask|masked_select|mask.*differently shaped",
         DataDependentError,
         "A boolean mask that varies from sample to sample selects a different number of elements for each. " + _SHAPE,
+    ),
+    (
+        r"aten::(nonzero)_numpy",
+        DataDependentError,
+        "The shape of what {0} returns depends on values that vary from sample to sample. " + _SHAPE,
+    ),
+    (
+        r"Can't detach views in-place",
+        DataDependentError,
+        """Python needs one number here (torch.tensor of a tensor), but the value varies from sample to sample. Use x.clone(), or
+        torch.stack for several.""",
+    ),
+    (
+        r"not implemented for aten::tensor_split",
+        DataDependentError,
+        "tensor_split is given sections or indices that vary from sample to sample. Give it Python numbers.",
+    ),
+    (
+        r"from the '(Sparse\w*)' backend",
+        UnsupportedOperationError,
+        "Sparse tensors cannot be made or used inside a mapped function. Use dense ones inside, and convert the result.",
     ),
     (
         r"dynamic shape.*?aten::(\w+)",
@@ -120,14 +142,31 @@ RULES = _rules(
         "backward() and requires_grad_() do not work inside a mapped function. Use torchbatch.grad of a function of the tensor.",
     ),
     (
+        r"`data` under vmap|directly with `\.data`",
+        UnsupportedOperationError,
+        "The attribute .data does not work inside a mapped function. Use x.detach() to read, and x.copy_(…) to write.",
+    ),
+    (
+        r"don't yet support saved tensor hooks",
+        UnsupportedOperationError,
+        """torch.func.grad and its family do not look into torch.utils.checkpoint and other hooks for saved tensors. Use
+        torchbatch.checkpoint.""",
+    ),
+    (
         r"escaped from inside a function being vmapped|level > batched_level",
         EscapedValueError,
         "A per-sample value is used after the vmap that it belongs to has finished. Return it from the mapped function instead.",
     ),
     (
-        r"Batching rule not implemented for aten::(\w+)\.?\w*; the fallback path doesn't work on out=",
+        r"Batching rule not implemented for aten::(\w+?)(?:_out|\.\w*out\w*); the fallback path doesn't work on out=",
         UnsupportedOperationError,
         "{0} is called with out= on a per-sample tensor. Use its result instead: y.copy_(torch.{0}(…)) or y = torch.{0}(…).",
+    ),
+    (
+        r"([\w:]+) hit the vmap fallback which is currently disabled",
+        FallbackError,
+        """{0} has no batching rule, so it would run once per sample, and fallback('error') refuses that. Give it a rule with
+        torch.library.register_vmap, or allow the loop with fallback('warn') or fallback('silent').""",
     ),
     (
         r"Batching rule not implemented for ([\w:]+)",
@@ -147,7 +186,9 @@ RULES = _rules(
         staticmethod of its own.""",
     ),
 )
-_SHARED_WRITE = re.compile(r"vmap: inplace arithmetic")
+_SHARED_WRITE = re.compile(r"vmap: inplace arithmetic|vmap: [\w:]+\(self, \*extra_args\) is not possible")
+_RAGGED = re.compile(r"stack expects each tensor to be equal size, but got .* at entry \d+ and .* at entry \d+")
+_RAGGED_TEXT = "The shape of what is computed here depends on values that vary from sample to sample. " + _SHAPE
 _BROADCAST_WRITE = re.compile(r"output with shape \[([\d, ]*)\] doesn't match the broadcast shape \[\d+(?:, )?([\d, ]*)\]")
 
 
@@ -162,6 +203,8 @@ def explain(error: Exception, shared: Callable[[], Mapping[str, torch.Tensor]]) 
     where = _user_frame(error.__traceback__)
     if _SHARED_WRITE.search(text) or _same_groups(_BROADCAST_WRITE.search(text)):
         return InPlaceError(_shared_write(where, shared()) + _line(where))
+    if _RAGGED.search(text) and (where is None or "stack" not in (where.summary.line or "")):
+        return DataDependentError(_RAGGED_TEXT + _line(where))
     for rule in RULES:
         match = rule.pattern.search(text)
         if match is not None and (type(error) in (RuntimeError, NotImplementedError, ValueError)):
@@ -213,9 +256,9 @@ def _shared_write(where: _Place | None, shared: Mapping[str, torch.Tensor]) -> s
         what = f"argument {names[0]}, which is unmapped (None in in_axes) and so shared by all samples"
         fix = "Map it over an axis, write into a copy (.clone()), or return the value instead."
     else:
-        name = f"{target[0]!r}, " if target is not None else ""
-        what = f"{name}a tensor from outside the mapped function, which all samples share"
-        fix = "Make the tensor inside the function (torch.zeros(…), .clone()), pass it as a mapped argument, or return the value."
+        name = repr(target[0]) if target is not None else "a tensor"
+        what = f"{name}, which all samples share: it was made outside the mapped function, or from such tensors alone"
+        fix = "Make it inside (torch.zeros(…), .clone()), pass it as a mapped argument, or return the value."
     return f"A per-sample value is written in place into {what}. {fix}"
 
 

@@ -56,13 +56,8 @@ def _with_room(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-WRITABLE = frozenset(
-    {
-        torch.clone, torch.empty, torch.empty_like, torch.full, torch.full_like, torch.ones, torch.ones_like, torch.tensor,
-        torch.zeros, torch.zeros_like, torch.Tensor.clone, torch.Tensor.new_empty, torch.Tensor.new_full,
-        torch.Tensor.new_ones, torch.Tensor.new_tensor, torch.Tensor.new_zeros,
-    }
-)  # fmt: skip
+_NAMES = {name.partition(".")[0] for name in FACTORIES} | {"new_tensor", "tensor"}
+WRITABLE = frozenset(getattr(owner, name) for owner in (torch, torch.Tensor) for name in _NAMES if hasattr(owner, name))
 
 
 class WithRoom(TorchFunctionMode):

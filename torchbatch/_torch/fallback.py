@@ -14,11 +14,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch._C import _functorch
 
 from torchbatch._torch import batching, caller
 from torchbatch.errors import AxisError, DataDependentError, FallbackError, FallbackWarning, UnsupportedOperationError
 
+_functorch: Any = torch._C._functorch
 MODES = ("warn", "error", "silent")
 
 
@@ -218,7 +218,7 @@ def _joined(operator: Any, rows: list[Any], size: int, level: int) -> Any:
         if any(len(row) != len(first) for row in rows):
             raise _ragged(operator)
         return type(first)(_joined(operator, list(column), size, level) for column in zip(*rows, strict=True))
-    if any(row != first for row in rows) or operator is torch.ops.aten.equal.default:
+    if any(row != first for row in rows):
         raise DataDependentError(
             f"{operator} returns a Python value, and per-sample values can give each sample another one.{caller.line()}"
         )

@@ -111,12 +111,6 @@ def trilinear(
     return torch.einsum(f"{','.join(terms)}->{result}", a, b, c)
 
 
-@formula("conv_tbc")
-def conv_tbc(_: Any, x: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
-    """A convolution with time first, batch second, channels last."""
-    return torch.conv1d(x.permute(1, 2, 0), weight.permute(2, 1, 0), bias, padding=pad).permute(2, 0, 1)
-
-
 @formula("_weight_norm_interface_backward")
 def weight_norm_backward(_: Any, grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int) -> Any:
     """The gradient of a weight that is split into direction and length."""
@@ -138,6 +132,21 @@ def polygamma(_: Any, x: Tensor, n: int) -> Tensor:
     return x.copy_(torch.polygamma(n, x))
 
 
+@formula("multilabel_margin_loss_forward")
+def multilabel_margin_loss(_: Any, x: Tensor, target: Tensor, reduction: int = 1) -> tuple[Tensor, Tensor]:
+    """Every class named before the first -1 is to exceed every class not named by a margin of 1."""
+    named = (target >= 0).cumprod(-1).bool()
+    rows = x.reshape(1) if x.dim() == 0 else x
+    classes = torch.arange(rows.shape[-1], device=x.device)
+    wanted = ((target.reshape(rows.shape).unsqueeze(-1) == classes) & named.reshape(rows.shape).unsqueeze(-1)).any(-2)
+    scores = rows.gather(-1, torch.where(named, target, 0).reshape(rows.shape))
+    short = (1 - scores.unsqueeze(-1) + rows.unsqueeze(-2)).clamp(min=0)
+    counted = named.reshape(rows.shape).unsqueeze(-1) & ~wanted.unsqueeze(-2)
+    loss = torch.where(counted, short, 0.0).sum((-2, -1)) / max(rows.shape[-1], 1)
+    loss = loss.mean() if reduction == 1 else loss.sum() if reduction == 2 else loss
+    return loss, wanted.to(x.dtype).reshape(target.shape)
+
+
 # --- what looks at values --------------------------------------------------------------------------------------------
 
 
@@ -155,7 +164,8 @@ def repeat_interleave(_: Any, repeats: Tensor, *, output_size: int | None = None
     if output_size is None:
         return loop_kernel("repeat_interleave.Tensor")(repeats)
     ends = repeats.cumsum(0)
-    return torch.searchsorted(ends, torch.arange(output_size, device=repeats.device, dtype=ends.dtype), right=True).to(repeats.dtype)
+    places = torch.arange(output_size, device=repeats.device, dtype=ends.dtype)
+    return torch.searchsorted(ends, places, right=True).to(repeats.dtype)
 
 
 @formula("tensor_split.tensor_indices_or_sections")
@@ -191,6 +201,15 @@ def _histogram_range(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor
     first, last = torch.aminmax(x)
     flat = first == last
     return torch.where(flat, first - 1, first), torch.where(flat, last + 1, last)
+
+
+@formula("equal")
+def equal(_: Any, *__: Tensor) -> bool:
+    """One True or False for Python cannot be had from all samples."""
+    raise DataDependentError(
+        "Python needs one True or False from comparing per-sample tensors. Use (a == b).all() or torch.isclose(a, b).all(), "
+        f"which stay tensors.{caller.line()}"
+    )
 
 
 @formula("resize_as_")
@@ -234,7 +253,9 @@ def nearest_backward(operator: Any, grad: Tensor, output: list[int], inputs: lis
 
 
 @formula("_ctc_loss")
-def ctc_loss(operator: Any, scores: Tensor, targets: Tensor, inputs: list[int], lengths: list[int], *options: Any, **named: Any) -> Any:
+def ctc_loss(
+    operator: Any, scores: Tensor, targets: Tensor, inputs: list[int], lengths: list[int], *options: Any, **named: Any
+) -> Any:
     """All sequences of all samples as one batch of sequences."""
     level = batching.current_level()
     size = batching.batch_size((scores, targets), {}, level) or 0
@@ -255,7 +276,8 @@ def ctc_loss_backward(
     level = batching.current_level()
     size = batching.batch_size((grad, scores, targets, loss, alpha), {}, level) or 0
     with batching.below():
-        fold = [_sequences(value, level, size, axis) for value, axis in ((grad, 0), (scores, 1), (targets, 0), (loss, 0), (alpha, 0))]
+        given = ((grad, 0), (scores, 1), (targets, 0), (loss, 0), (alpha, 0))
+        fold = [_sequences(value, level, size, axis) for value, axis in given]
         result = operator(*fold[:3], inputs * size, lengths * size, *fold[3:], *options, **named)
         return batching.wrapped(result.unflatten(1, (size, -1)).movedim(1, 0), level)
 

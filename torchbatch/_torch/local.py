@@ -49,6 +49,8 @@ class LocalTensor(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not levels.depth():
+            return _afterwards(func, args, kwargs)
         name = getattr(func, "__name__", "").partition(".")[0]
         special = _SPECIAL.get(name)
         if special is not None and type(args[0]) is LocalTensor:
@@ -66,6 +68,10 @@ class LocalTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _plain(self).__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        text: str = _plain(self).__repr__(tensor_contents=tensor_contents)
+        return text
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -92,14 +98,25 @@ def settle(tensor: torch.Tensor) -> None:
     if outer:
         root._home = outer
     else:
-        del tensor._home, tensor._parent, tensor._views
-        tensor.__class__ = torch.Tensor  # type: ignore[assignment]
+        _make_ordinary(tensor)
+
+
+def _make_ordinary(tensor: LocalTensor) -> None:
+    del tensor._home, tensor._parent, tensor._views
+    tensor.__class__ = torch.Tensor  # type: ignore[assignment]
+
+
+def _afterwards(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A call when no mapped function runs: what one of them left behind (in a cache, in a module) is an ordinary tensor now."""
+    for tensor in _locals([list(args), kwargs]):
+        _make_ordinary(tensor)
+    return func(*args, **kwargs)
 
 
 def _plain(tensor: LocalTensor) -> torch.Tensor:
     """An ordinary tensor that shares the memory of a local one."""
     with torch._C.DisableTorchFunctionSubclass(), _may_require_grad(tensor):
-        return tensor.detach().requires_grad_(tensor.requires_grad)
+        return tensor.detach().requires_grad_() if tensor.requires_grad else tensor.detach()
 
 
 def _written(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Iterator[LocalTensor]:

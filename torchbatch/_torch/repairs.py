@@ -3,7 +3,8 @@
 They are asked before any transform and only inside a mapped function, so each is a composition that can be differentiated.
 
 Private names used: those of :mod:`torchbatch._torch.overlay` and :mod:`torchbatch._torch.levels`;
-``torch._decomp.decomposition_table``.
+``torch._decomp.decomposition_table`` and, in ``torch._decomp.decompositions``, ``_rnn_helper``, ``gather_params``,
+``one_layer_lstm``.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
+from torch._decomp import decomposition_table, decompositions
 
-from torchbatch._torch import batching, caller, levels, overlay
+from torchbatch._torch import batching, caller, formulas, levels, overlay
 from torchbatch.errors import DataDependentError, UnsupportedOperationError
 
 Original = Callable[..., Any]
@@ -66,9 +67,16 @@ def narrow(_: Original, x: Tensor, dim: int, start: Tensor, length: int) -> Tens
 
 
 @repair("as_strided_scatter")
-def as_strided_scatter(_: Original, x: Tensor, src: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Tensor:
+def as_strided_scatter(
+    _: Original,
+    x: Tensor,
+    src: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> Tensor:
     """Write into a contiguous tensor at the places that the strides give."""
-    place = torch.full((), offset or 0, device=x.device)
+    place = torch.full((), storage_offset or 0, device=x.device)
     for length, step in zip(size, stride, strict=True):
         place = place.unsqueeze(-1) + step * torch.arange(length, device=x.device)
     return x.reshape(-1).index_put((place.reshape(-1),), src.reshape(-1)).reshape(x.shape)
@@ -105,10 +113,10 @@ def resize(_: Original, x: Tensor, size: Sequence[int], **options: Any) -> Tenso
 def index_put(_: Original, x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
     """Where the index is a per-sample mask, choose between the old value and the new one."""
     at = _mask_of(indices)
-    if at is None:
+    mask = None if at is None else indices[at]
+    if at is None or mask is None:
         result: Tensor = _(x, indices, values, accumulate)
         return result
-    mask = indices[at]
     rest = x.dim() - at - mask.dim()
     wide = mask.reshape(*mask.shape, *[1] * rest)
     new = _new_values(x, mask, values, rest)
@@ -239,15 +247,67 @@ def _decomposed(name: str) -> None:
     repair(name)(lambda _, *args, **kwargs: decomposition_table[operator](*args, **kwargs))
 
 
-for _name in ("multi_margin_loss", "multilabel_margin_loss_forward"):
+for _name in ("multi_margin_loss", "gru.input", "rnn_tanh.input", "rnn_relu.input"):
     _decomposed(_name)
 
 
 @repair("multilabel_margin_loss")
 def multilabel_margin_loss(_: Original, x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
-    """The first result of its forward operator."""
-    loss: Tensor = torch.ops.aten.multilabel_margin_loss_forward(x, target, reduction)[0]
-    return loss
+    """A formula whose gradient needs no formula of its own."""
+    return formulas.multilabel_margin_loss(_, x, target, reduction)[0]
+
+
+@repair("ctc_loss.IntList")
+def ctc_loss(
+    _: Original,
+    scores: Tensor,
+    targets: Tensor,
+    inputs: Sequence[int],
+    lengths: Sequence[int],
+    blank: int = 0,
+    reduction: int = 1,
+    zero_infinity: bool = False,
+) -> Tensor:
+    """The loss of each sequence, and the reduction, which PyTorch's definition does not do under ``grad``."""
+    if scores.dim() == 2:
+        scores, targets = scores.unsqueeze(1), targets.unsqueeze(0) if targets.dim() else targets
+        whole = ctc_loss(_, scores, targets, inputs, lengths, blank, reduction, zero_infinity)
+        return whole if reduction else whole.squeeze(0)
+    loss: Tensor = torch.ops.aten._ctc_loss(scores, targets, list(inputs), list(lengths), blank, zero_infinity)[0]
+    if zero_infinity:
+        loss = torch.where(loss == torch.inf, 0.0, loss)
+    if reduction == 1:
+        return (loss / torch.tensor(lengths, dtype=loss.dtype, device=loss.device).clamp(min=1)).mean()
+    return loss.sum() if reduction == 2 else loss
+
+
+@repair("ctc_loss.Tensor")
+def ctc_loss_of_tensors(
+    _: Original, scores: Tensor, targets: Tensor, inputs: Tensor, lengths: Tensor, *options: Any
+) -> Tensor:
+    """The same, where all samples have the same lengths."""
+    if varies(inputs) or varies(lengths):
+        result: Tensor = _(scores, targets, inputs, lengths, *options)
+        return result
+    return ctc_loss(_, scores, targets, inputs.reshape(-1).tolist(), lengths.reshape(-1).tolist(), *options)
+
+
+@repair("lstm.input")
+def lstm(
+    _: Original, x: Tensor, hidden: Sequence[Tensor], weights: Sequence[Tensor], has_biases: bool, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step by step, as PyTorch's definition in Python does; the fused layer has no batching rule."""
+    parts = decompositions.gather_params(weights, has_biases, hidden[0].size(2) != hidden[1].size(2))
+    states = list(zip(hidden[0], hidden[1], strict=True))
+    run: Any = decompositions._rnn_helper
+    result, last = run(x, states, parts, has_biases, *options, decompositions.one_layer_lstm)
+    return result, torch.stack([h for h, _ in last]), torch.stack([c for _, c in last])
+
+
+@repair("conv_tbc")
+def conv_tbc(_: Original, x: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
+    """A convolution with time first, batch second, channels last."""
+    return torch.conv1d(x.permute(1, 2, 0), weight.permute(2, 1, 0), bias, padding=pad).permute(2, 0, 1)
 
 
 @repair("pdist")

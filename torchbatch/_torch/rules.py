@@ -10,8 +10,9 @@ Private names used, seen on torch 2.11, 2.13 and 2.15: ``OpOverload._op_dk``, ``
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -61,7 +62,10 @@ def _implicit(name: str) -> Kernel:
     return kernel
 
 
-_NEEDS_VALUES = re.compile(r"vmap: (?!We do not support batching operators that can output dynamic)|Python value|Cannot access (data pointer|storage) of|requires special handling")
+_NEEDS_VALUES = re.compile(
+    r"vmap: (?!We do not support batching operators that can output dynamic)|needs one True or False from comparing|"
+    r"Cannot access (data pointer|storage) of|requires special handling"
+)
 
 
 def _explicit(name: str) -> Kernel:
@@ -132,6 +136,17 @@ def _write(operator: Any, target: torch.Tensor, result: torch.Tensor) -> None:
             f"{tuple(target.shape)}, which cannot change its shape inside vmap."
         )
     target.copy_(result)
+
+
+def _out_or_loop(name: str) -> Kernel:
+    """``_out`` for an operator that writes into arguments given for its results, whatever it calls them; else the loop."""
+    out, loop = _out(name), loop_kernel(name)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        writes_results = any(argument.is_out for argument in batching.operator_of(name)._schema.arguments)
+        return (out if writes_results else loop)(*args, **kwargs)
+
+    return kernel
 
 
 _functionals: dict[Any, Any] = {}
@@ -210,7 +225,7 @@ def _leading(ranks: tuple[int, ...]) -> Callable[[str], Kernel]:
     def make(name: str) -> Kernel:
         def run(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             level = batching.current_level()
-            size = batching.batch_size(args, kwargs, level)
+            size = batching.batch_size(args, kwargs, level) or 0
             batch = torch.broadcast_shapes(*[args[i].shape[: args[i].dim() - rank] for i, rank in enumerate(ranks)])
             with batching.below():
                 physical = list(args)
@@ -236,7 +251,7 @@ def _folded(ranks: tuple[int, ...]) -> Callable[[str], Kernel]:
     def make(name: str) -> Kernel:
         def run(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             level = batching.current_level()
-            size = batching.batch_size(args, kwargs, level)
+            size = batching.batch_size(args, kwargs, level) or 0
             rank_of = dict(zip((id(value) for value in args if isinstance(value, torch.Tensor)), ranks, strict=True))
 
             def fold(value: torch.Tensor) -> torch.Tensor:
@@ -290,7 +305,7 @@ FOLDED: dict[str, tuple[int, ...]] = {
 
 #: Operators whose C++ definition by other operators works for batched tensors.
 EXPLICIT = set(
-    "soft_margin_loss_backward binary_cross_entropy_with_logits fill.Scalar fill.Tensor "
+    "binary_cross_entropy_with_logits fill.Scalar fill.Tensor "
     "huber_loss_backward smooth_l1_loss_backward rrelu_with_noise_backward unsafe_split_with_sizes zero "
     "lift linalg__powsum norm.ScalarOpt_dtype".split()
 )
@@ -299,9 +314,10 @@ EXPLICIT = set(
 DECOMPOSED = set(
     "_addmm_activation _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _weight_norm_interface "
     "addr affine_grid_generator isin.Tensor_Tensor isin.Tensor_Scalar isin.Scalar_Tensor masked_fill.Tensor max_unpool2d "
-    "max_unpool3d mse_loss_backward multi_margin_loss multilabel_margin_loss_forward nll_loss_backward nll_loss_forward "
+    "max_unpool3d mse_loss_backward multi_margin_loss nll_loss_backward nll_loss_forward "
     "nll_loss2d_backward nll_loss2d_forward norm.ScalarOpt_dim_dtype renorm special_log_ndtr unfold_backward "
-    "soft_margin_loss _batch_norm_with_update_functional _chunk_cat view_copy.dtype native_dropout_backward".split()
+    "soft_margin_loss soft_margin_loss_backward _batch_norm_with_update _batch_norm_with_update_functional _chunk_cat "
+    "view_copy.dtype native_dropout_backward".split()
 )
 
 #: Operators of which PyTorch's own definition by others does not work for batched tensors, or answers a question of Python.
@@ -311,28 +327,45 @@ LOOPED = set(
 )
 
 
+_TABLES: tuple[tuple[Container[str], Callable[[str], Kernel]], ...] = (
+    (formulas.TABLE, _formula),
+    (ELEMENTWISE, _elementwise),
+    (EXPLICIT, _explicit),
+    (DECOMPOSED, _decomposed),
+    (LOOPED, loop_kernel),
+)
+
+
 def kernel_of(name: str) -> Kernel:
     """The batching rule for an operator of :func:`batching.lacking`."""
     short = name.removeprefix("aten::")
     base, _, overload = short.partition(".")
-    for names, make in ((formulas.TABLE, _formula), (ELEMENTWISE, _elementwise), (EXPLICIT, _explicit), (DECOMPOSED, _decomposed)):
+    for names, make in _TABLES:
         if short in names:
             return make(name)
     if short in LEADING:
         return _leading(LEADING[short])(name)
     if short in FOLDED:
         return _folded(FOLDED[short])(name)
-    if short in LOOPED:
-        return loop_kernel(name)
-    if "out" in overload or base.endswith("_out"):
-        return _out(name)
     if base.endswith("_") and not base.endswith("__") and not _has_kernel(name, "CompositeImplicitAutograd"):
         return _in_place(name)
-    if base.endswith("_copy"):
+    if base.endswith("_copy") and not overload.endswith("out"):
         return _copied_view(name)
-    return _implicit(name) if _has_kernel(name, "CompositeImplicitAutograd") else loop_kernel(name)
+    if _has_kernel(name, "CompositeImplicitAutograd") and not overload.endswith("out"):
+        return _implicit(name)
+    return _out_or_loop(name)
+
+
+@functools.cache
+def _known_kernel(name: str) -> Kernel:
+    return kernel_of(name)
+
+
+def _run(name: str, *args: Any, **kwargs: Any) -> Any:
+    """Make the rule of an operator when it is first needed, and apply it."""
+    return _known_kernel(name)(*args, **kwargs)
 
 
 _library = torch.library.Library("aten", "IMPL")
 for _name in batching.lacking():
-    _library.impl(_name, kernel_of(_name), batching.NAME)
+    _library.impl(_name, functools.partial(_run, _name), batching.NAME)

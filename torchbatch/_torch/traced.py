@@ -6,14 +6,15 @@ Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch.utils._pytree.tre
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
 from torchbatch._torch import factories, levels
-from torchbatch.errors import AxisError, OutputTypeError, UnmappedOutputError
+from torchbatch.errors import AxisError, InputTypeError, OutputTypeError, UnmappedOutputError
 
 Tree = Any
 
@@ -27,6 +28,8 @@ class Options(NamedTuple):
     size: int | None
     randomness: str
     chunk_size: int | None
+    names: tuple[Hashable, Hashable]  # of the mapped axis: where all samples are there, and where one chunk of them is
+    scope: list[Any]  # the names, sizes and levels of the axes that are mapped now
 
 
 def mapped(fun: Callable[..., Any], options: Options) -> Callable[..., Any]:
@@ -45,28 +48,44 @@ def call(fun: Callable[..., Any], options: Options, args: tuple[Any, ...], kwarg
     axes = pytree._broadcast_to_and_flatten(prefix, spec)
     if axes is None:
         raise AxisError(f"in_axes {options.in_axes!r} must be a tree prefix of the arguments of the mapped function.")
+    leaves = [_array(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)]
     size = _size(leaves, axes, options.size)
-    step = size if options.chunk_size is None or options.chunk_size >= size else options.chunk_size
+    if options.chunk_size is None or options.chunk_size >= size:
+        part, _, out_spec = _run(fun, options, options.names[0], leaves, axes, spec, size)
+        return pytree.tree_unflatten(part, out_spec)
     parts: list[list[Any]] = []
-    ways: list[int | str] = []
-    out_spec: Any = None
-    for start in range(0, size, step) if step else (0,):
-        length = min(step, size - start)
-        chunk = leaves if length == size else [_narrow(v, a, start, length) for v, a in zip(leaves, axes, strict=True)]
-        part, ways, out_spec = _run(fun, options, chunk, axes, spec, length)
+    for start in range(0, size, options.chunk_size):
+        length = min(options.chunk_size, size - start)
+        chunk = [_narrow(value, axis, start, length) for value, axis in zip(leaves, axes, strict=True)]
+        part, ways, out_spec = _run(fun, options, options.names[1], chunk, axes, spec, length)
         parts.append(part)
     joined = [_join(pieces, way) for pieces, way in zip(zip(*parts, strict=True), ways, strict=True)]
     return pytree.tree_unflatten(joined, out_spec)
 
 
-def _run(fun: Any, options: Options, leaves: list[Any], axes: list[Any], spec: Any, size: int) -> tuple[Any, Any, Any]:
+def _array(leaf: Any, axis: int | None) -> Any:
+    """A leaf of the arguments; as a tensor, if it is a mapped NumPy array."""
+    if axis is None or leaf is None or isinstance(leaf, torch.Tensor | torch.nn.Module):
+        return leaf
+    if isinstance(leaf, np.ndarray):
+        return torch.as_tensor(leaf)
+    raise InputTypeError(f"vmap is to map a {type(leaf).__name__}, which is not an array. Give None for it in in_axes.")
+
+
+def _run(
+    fun: Any, options: Options, name: Hashable, leaves: list[Any], axes: list[Any], spec: Any, size: int
+) -> tuple[Any, Any, Any]:
     """The leaves of the output of one chunk, how each is to be joined with those of others, and their structure."""
     every = torch.ones(size, dtype=torch.bool)
     with levels.traceable_level(size, options.randomness) as level:
         batched = [_wrap(leaf, axis, level) for leaf, axis in zip(leaves, axes, strict=True)]
         positional, keywords = pytree.tree_unflatten(batched, spec)
-        with factories.WithRoom(levels.traceable_add(every, 0, level)):
-            output = fun(*positional, **keywords)
+        options.scope.append((name, size, level, leaves))
+        try:
+            with factories.WithRoom(levels.traceable_add(every, 0, level)):
+                output = fun(*positional, **keywords)
+        finally:
+            options.scope.pop()
         results, out_spec = pytree.tree_flatten(output)
         ends = pytree._broadcast_to_and_flatten(options.out_axes, out_spec)
         if ends is None:
@@ -80,9 +99,9 @@ def _narrow(leaf: Any, axis: int | None, start: int, length: int) -> Any:
 
 
 def _join(parts: Any, way: int | str) -> Any:
-    if len(parts) > 1 and isinstance(way, int):
+    if isinstance(way, int):
         return torch.cat(parts, way)
-    return parts[0] if len(parts) == 1 or way == "once" else torch.stack(parts).sum(0)
+    return parts[0] if way == "once" else torch.stack(parts).sum(0)
 
 
 def _per_argument(in_axes: Tree, count: int) -> tuple[Any, ...]:
@@ -131,7 +150,8 @@ def _take(leaf: Any, axis: int | None, level: int, size: int, sum_match: bool) -
     axis %= rank
     if levels.unwrap_batched(leaf, level)[1] is None:  # PyTorch's own function repeats only along the first axis here
         return leaf.unsqueeze(axis).expand(*leaf.shape[:axis], size, *leaf.shape[axis:]), axis
-    return levels.traceable_remove(leaf, level, size, axis), axis
+    taken = levels.traceable_remove(leaf, level, size, 0)  # torch.export takes no other axis
+    return (taken.movedim(0, axis) if axis else taken), axis
 
 
 def _take_unmapped(leaf: Any, level: int, sum_match: bool) -> tuple[Any, int | str]:
@@ -143,3 +163,8 @@ def _take_unmapped(leaf: Any, level: int, sum_match: bool) -> tuple[Any, int | s
     if not sum_match:
         raise UnmappedOutputError("an output of the mapped function varies along the mapped axis, but its out_axes is None.")
     return inner.sum(at), "sum"
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Tree) -> Tree:
+    """``function`` over the leaves of a tree, in which None is an empty tree."""
+    return pytree.tree_map(lambda leaf: None if leaf is None else function(leaf), tree)

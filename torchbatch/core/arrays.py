@@ -11,16 +11,19 @@ import torch
 def as_tensor(value: Any) -> torch.Tensor | None:
     """A tensor as it is; Python numbers, NumPy arrays and scalars, and anything with ``__array__`` as a tensor; else None.
 
+    None too for numbers that no dtype of PyTorch can hold.
+
     Memory is shared with a NumPy array where PyTorch can: not if it is read-only, runs backwards or has a foreign byte order.
     """
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, bool | int | float | complex):
-        return torch.as_tensor(value)
+        fits = not isinstance(value, int) or -(2**63) <= value < 2**63
+        return torch.as_tensor(value) if fits else None
     if not hasattr(value, "__array__"):
         return None
     array = np.asarray(value)
-    if array.dtype.kind not in "biufc":
+    if array.dtype.kind not in "biufc" or array.dtype.char in "gG":  # PyTorch has no longdouble
         return None
     array = np.asarray(array, dtype=array.dtype.newbyteorder("="))
     shareable = array.flags.writeable and all(stride >= 0 for stride in array.strides)

@@ -15,7 +15,7 @@ import torch
 from torchbatch._torch.escape import EscapedTensor
 from torchbatch.core import tree
 from torchbatch.core.arrays import as_tensor
-from torchbatch.core.describe import describe
+from torchbatch.core.describe import describe, shown
 from torchbatch.errors import AxisError, AxisSpecError, EscapedValueError, InputTypeError
 
 Axis = int | None
@@ -65,8 +65,7 @@ def parse_prefix(axes: Any, what: str) -> Prefix:
     for leaf in leaves:
         if leaf is not UNMAPPED and not is_axis(leaf):
             raise AxisSpecError(
-                f"{what} must be an int, None, or a tree with ints and None as leaves, but it holds {leaf!r} of type "
-                f"{type(leaf).__name__} in {axes!r}."
+                f"{what} must be an int, None, or a tree with ints and None as leaves, but it holds {shown(leaf)}."
             )
     return Prefix(tuple(None if leaf is UNMAPPED else leaf for leaf in leaves), structure, sealed)
 
@@ -75,7 +74,6 @@ class InAxes:
     """A checked ``in_axes``, ready to be laid over the arguments of a call."""
 
     def __init__(self, in_axes: Any) -> None:
-        self.given = in_axes
         self.entries: tuple[Prefix, ...] | None = None
         self.single: Prefix | None = None
         if is_axis(in_axes):
@@ -85,7 +83,7 @@ class InAxes:
         else:
             raise AxisSpecError(
                 "in_axes must be an int, None, or a tuple or list with one entry per positional argument, but it is "
-                f"{in_axes!r} of type {type(in_axes).__name__}."
+                f"{shown(in_axes)}."
             )
         self.flat = self._flat()
 
@@ -102,7 +100,7 @@ class InAxes:
         entries = self.entries or ()
         if len(entries) != count:
             raise AxisError(
-                f"in_axes must have one entry per positional argument: it has {len(entries)} ({self.given!r}), but the "
+                f"in_axes must have one entry per positional argument: it has {len(entries)}, but the "
                 f"function was called with {count} positional argument{'' if count == 1 else 's'}."
             )
         return entries
@@ -203,8 +201,9 @@ def _input_error(index: int, values: list[Any], axes: list[Axis], names: list[st
     array = as_tensor(value)
     if array is None:
         return InputTypeError(
-            f"argument {name} is to be mapped over axis {axis}, but {value!r} of type {type(value).__name__} is not an "
-            "array. Pass a tensor or a NumPy array, or give None for it in in_axes so that it reaches the function as it is."
+            f"argument {name} is to be mapped over axis {axis}, but {shown(value)} is not an array of numbers "
+            "that PyTorch can hold. Pass a tensor or a NumPy array, or "
+            "give None for it in in_axes so that it reaches the function as it is."
         )
     need = axis + 1 if axis is not None and axis >= 0 else -(axis or 0)
     return AxisError(
@@ -296,7 +295,8 @@ def argument_name(fun: Any, key: int | str) -> str:
     """What the signature of ``fun`` calls a positional or keyword argument, e.g. ``x``, ``args[2]``, ``kwargs['k']``."""
     parameters = _parameters(fun)
     if isinstance(key, str):
-        if key in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        named = key in parameters and parameters[key].kind is not inspect.Parameter.POSITIONAL_ONLY
+        if named or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return key
         return f"{next(name for name, p in parameters.items() if p.kind is p.VAR_KEYWORD)}[{key!r}]"
     positional = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

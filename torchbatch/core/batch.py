@@ -39,7 +39,7 @@ def run(
     made_writable = writes and not is_included(WRITES_KEY)
     if made_writable:
         include(WRITES_KEY, True)
-    stack.append((name, size, level))
+    stack.append((name, size, level, values))
     try:
         if len(values) == 1:  # the commonest call, kept free of loops
             return finish(call(add_batch_dim(values[0], axes[0] or 0, level)), level, size, values)

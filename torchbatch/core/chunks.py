@@ -11,6 +11,7 @@ import torch
 from torchbatch._torch import draws
 from torchbatch.core import batch
 from torchbatch.core.axes import Mapped
+from torchbatch.core.frames import Part
 from torchbatch.core.outputs import OutAxes
 
 
@@ -32,6 +33,7 @@ def run(
     writes = writes or randomness == "different"  # the operators that draw are told apart by the same key
     state = draws.GeneratorState(mapped.values) if randomness != "error" else None
     chunks: list[list[Any]] = []
+    part_name = Part(name, chunk_size)
     for start in range(0, size, chunk_size):
         length = min(chunk_size, size - start)
         values = [value.narrow(axis, start, length) for value, axis in zip(mapped.values, mapped.axes, strict=True)]
@@ -40,7 +42,7 @@ def run(
         finish = _Finish(out)
         part = draws.part_of(start, size, values) if randomness == "different" else contextlib.nullcontext()
         with part:
-            chunks.append(batch.run(call, values, mapped.axes, length, name, randomness, finish, writes)[0])
+            chunks.append(batch.run(call, values, mapped.axes, length, part_name, randomness, finish, writes)[0])
     joined = [_join(parts, how) for parts, how in zip(zip(*chunks, strict=True), finish.joins, strict=True)]
     return finish.rebuild(joined), sum(isinstance(x, torch.Tensor) for x in joined)
 

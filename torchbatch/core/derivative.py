@@ -1,6 +1,6 @@
-"""Pullbacks and pushforwards of a function of trees, on top of ``torch.func.vjp`` and ``torch.func.jvp``.
+"""Pullbacks and pushforwards of a function of trees, on top of those of flat tensors.
 
-PyTorch's functions want flat tensors that are all differentiable; JAX's take numbers, arrays, integers and None, and
+PyTorch wants flat tensors that are all differentiable; JAX's functions take numbers, arrays, integers and None, and
 pair cotangents with tangents without a complex conjugate. What lies between the two is here.
 """
 
@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from torchbatch.core import tree
+from torchbatch._torch import derivatives
+from torchbatch._torch.levels import remove_batch_dim
+from torchbatch.core import batch, tree
 from torchbatch.core.argnums import alias, flatten
 from torchbatch.core.describe import describe
 from torchbatch.errors import GradientTypeError, InPlaceError
@@ -200,7 +202,7 @@ def reverse(fun: Callable[..., Any], primals: Primals, has_aux: bool, transform:
     def flat(*inputs: torch.Tensor) -> Any:
         return outputs.take(fun(*primals.rebuild(inputs)))
 
-    values, pull, others = guarded(torch.func.vjp, transform, flat, *primals.inputs(), has_aux=True)
+    values, others, pull = guarded(derivatives.vjp, transform, flat, primals.inputs())
     return Pullback(outputs, values, others, pull)
 
 
@@ -222,13 +224,28 @@ def push(
     def flat(*inputs: torch.Tensor) -> Any:
         return outputs.take(fun(*primals.rebuild(inputs)))
 
-    found = guarded(torch.func.jvp, outputs.transform, flat, primals.inputs(), tangents, has_aux=True)
+    found = guarded(derivatives.jvp, outputs.transform, flat, primals.inputs(), tangents)
     return found  # type: ignore[no-any-return]
 
 
-def vectorize(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` over axis 0 of its flat tensors; a random draw in it is the same for every row."""
-    return torch.func.vmap(function, randomness="same")
+def vectorize(function: Callable[..., Any], rows: Sequence[torch.Tensor], writes: bool) -> Any:
+    """``function`` of every row (along axis 0) of flat tensors; a random draw in it is the same for every row.
+
+    Args:
+        function: returns tensors in tuples.
+        rows: its arguments, with the rows in front; at least one.
+        writes: whether ``function`` may write into tensors that it makes.
+    """
+    if torch.compiler.is_compiling():
+        return torch.func.vmap(function, randomness="same")(*rows)
+    return batch.run(function, rows, (0,) * len(rows), rows[0].shape[0], None, "same", _stacked, writes)[0]
+
+
+def _stacked(output: Any, level: int, size: int, inputs: Sequence[Any]) -> tuple[Any, int]:
+    """The tensors in ``output`` outside of ``level``, with the rows in front."""
+    if isinstance(output, torch.Tensor):
+        return remove_batch_dim(output, level, size, 0), 1
+    return tuple([_stacked(item, level, size, inputs)[0] for item in output]), len(output)
 
 
 def float0_like(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -236,10 +253,10 @@ def float0_like(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.zeros_like(tensor, dtype=FLOAT0) for tensor in tensors]
 
 
-def guarded(function: Callable[..., Any], transform: str, *args: Any, **kwargs: Any) -> Any:
-    """Call a transform of PyTorch and put its complaint about a captured tensor in our words."""
+def guarded(function: Callable[..., Any], transform: str, *args: Any) -> Any:
+    """Call a transform of flat tensors and put PyTorch's complaint about a captured tensor in our words."""
     try:
-        return function(*args, **kwargs)
+        return function(*args)
     except RuntimeError as error:
         if _CAPTURED not in str(error):
             raise

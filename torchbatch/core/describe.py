@@ -14,6 +14,13 @@ def describe(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}[{','.join(str(n) for n in value.shape)}]"
 
 
+def shown(value: Any) -> str:
+    """``value`` as Python shows it, on one line and not longer than that, and its type: ``'sum' of type str``."""
+    text = " ".join(repr(value).split())
+    dtype = f" and dtype {value.dtype}" if hasattr(value, "dtype") else ""
+    return f"{text if len(text) <= 100 else text[:99] + '…'} of type {type(value).__name__}{dtype}"
+
+
 def function_name(fun: Any) -> str:
     """What a message calls a function."""
     return getattr(fun, "__name__", None) or type(fun).__name__

@@ -11,7 +11,7 @@ from torchbatch._torch import levels, local
 from torchbatch.core import tree
 from torchbatch.core.arrays import as_tensor
 from torchbatch.core.axes import Axis, parse_prefix
-from torchbatch.core.describe import describe, function_name
+from torchbatch.core.describe import describe, function_name, shown
 from torchbatch.errors import AxisError, OutputTypeError, UnmappedOutputError
 
 _Tensor = torch.Tensor
@@ -68,8 +68,8 @@ class OutAxes:
             return leaf if not isinstance(value, _Tensor) else self._unmapped(index, leaf, value, level, output)
         if value is None:
             raise OutputTypeError(
-                f"{self._path(output, index)} is {leaf!r} of type {type(leaf).__name__}, which is not an array. Return tensors, "
-                "arrays and numbers only, or give None for it in out_axes if it is the same for all samples."
+                f"{self._path(output, index)} is {shown(leaf)}, which is not an array of numbers that PyTorch can hold. "
+                "Return tensors, arrays and numbers only, or give None for it in out_axes if it is the same for all samples."
             )
         at = self._bounded(index, value, axis, output)
         if at and levels.unwrap_batched(value, level)[1] is None:  # PyTorch broadcasts only along a first axis

@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -29,12 +30,13 @@ def may_write(fun: Callable[..., Any]) -> bool:
     if not _FOLLOWED:
         return True
     waiting: list[Any] = [fun]
-    seen: set[int] = set()
+    seen: dict[Any, Any] = {}  # keeps what it has seen alive, for the sake of the ids
     while waiting:
         thing = waiting.pop()
-        if id(thing) in seen:
+        mark = _mark(thing)
+        if mark in seen:
             continue
-        seen.add(id(thing))
+        seen[mark] = thing
         if len(seen) > _MANY:
             return True
         reached = _reach(thing)
@@ -42,6 +44,11 @@ def may_write(fun: Callable[..., Any]) -> bool:
             return True
         waiting += reached
     return False
+
+
+def _mark(thing: Any) -> Any:
+    """What tells ``thing`` from others; a method is a new object whenever it is asked for."""
+    return (id(thing.__func__), id(thing.__self__)) if isinstance(thing, types.MethodType) else id(thing)
 
 
 def _reach(thing: Any) -> list[Any] | None:
@@ -52,15 +59,14 @@ def _reach(thing: Any) -> list[Any] | None:
     if isinstance(thing, functools.partial):
         return [thing.func, *thing.args, *thing.keywords.values()]
     if isinstance(thing, types.MethodType) and isinstance(thing.__func__, types.FunctionType):
-        return _reach_function(thing.__func__, thing.__self__)
+        return _reach_method(thing.__func__, thing.__self__)
     if isinstance(thing, torch.nn.Module):
         return _reach_module(thing)
     if isinstance(thing, types.FunctionType):
         return _reach_function(thing, None)
-    if isinstance(thing, tuple | list):
-        return [item for item in thing if callable(item)]
-    if isinstance(thing, dict):
-        return [item for item in thing.values() if callable(item)]
+    if isinstance(thing, tuple | list | dict):
+        items = thing.values() if isinstance(thing, dict) else thing
+        return [item for item in items if callable(item) or isinstance(item, tuple | list | dict)]
     if _is_harmless(thing):
         return []
     inner = getattr(thing, "__wrapped__", None)
@@ -81,9 +87,12 @@ _OPERATOR_WRITES = frozenset(
 )
 
 
+_METHOD_WRITES = frozenset(f"__{name}__" for name in _OPERATOR_WRITES)
+
+
 def _named_in_place(name: Any) -> bool:
-    """Whether a function of this name writes in place, by PyTorch's convention."""
-    return isinstance(name, str) and name.endswith("_") and not name.endswith("__")
+    """Whether a function of this name writes in place, by PyTorch's convention or Python's."""
+    return isinstance(name, str) and name.endswith("_") and (not name.endswith("__") or name in _METHOD_WRITES)
 
 
 def _is_library(thing: Any) -> bool:
@@ -102,6 +111,14 @@ def _reach_module(module: torch.nn.Module) -> list[Any] | None:
     return [*(m.forward for m in own), *hooks]
 
 
+def _reach_method(fun: types.FunctionType, owner: Any) -> list[Any] | None:
+    if not _in_library(fun.__globals__.get("__name__", "")):
+        return _reach_function(fun, owner)
+    if isinstance(owner, torch.nn.Module):
+        return [] if fun.__name__ == "forward" else _reach_module(owner)
+    return [] if _is_library(owner if isinstance(owner, type) else type(owner)) else None  # may call what a user's class overrides
+
+
 def _reach_function(fun: types.FunctionType, owner: Any) -> list[Any] | None:
     cells = dict(zip(fun.__code__.co_freevars, fun.__closure__ or (), strict=True))
     closed = [cell.cell_contents for cell in cells.values() if cell != types.CellType()]
@@ -117,22 +134,35 @@ def _reach_function(fun: types.FunctionType, owner: Any) -> list[Any] | None:
             return None
         named.append(found)
     for name in facts.own:
-        if owner is None or not hasattr(owner, name):
+        found = _UNKNOWN if owner is None else _attribute(owner, name)
+        if found is _UNKNOWN:
             return None
-        named.append(getattr(owner, name))
-    return [*closed, *named, *(fun.__defaults__ or ())]
+        named.append(found)
+    return [*closed, *named, *(fun.__defaults__ or ()), *(fun.__kwdefaults__ or {}).values()]
 
 
 _UNKNOWN = object()
 
 
+def _attribute(owner: Any, name: str) -> Any:
+    """An attribute, without running the code of a property."""
+    if isinstance(owner, types.ModuleType):
+        return getattr(owner, name, _UNKNOWN)
+    found = inspect.getattr_static(type(owner), name, None)
+    if isinstance(found, property):
+        return types.MethodType(found.fget, owner) if isinstance(found.fget, types.FunctionType) else _UNKNOWN
+    if isinstance(found, functools.cached_property):
+        return types.MethodType(found.func, owner)
+    return getattr(owner, name, _UNKNOWN)
+
+
 def _resolve(path: tuple[str, ...], variables: dict[str, Any]) -> Any:
-    """The value of a dotted global name, as far as it leads through modules."""
+    """The value of a dotted global name."""
     value = variables.get(path[0], getattr(builtins, path[0], _UNKNOWN))
     for name in path[1:]:
         if isinstance(value, _DATA):
             return value
-        value = getattr(value, name, _UNKNOWN)
+        value = _attribute(value, name)
     return _UNKNOWN if path[-1] in _HIDES else value
 
 
@@ -141,10 +171,14 @@ _HIDES = frozenset({"eval", "exec", "filter", "getattr", "globals", "locals", "m
 
 
 class _Facts(NamedTuple):
-    """What a code object reads of its surroundings: dotted global names, and attributes of its first argument."""
+    """What a code object reads of its surroundings: dotted global names, attributes of its first argument.
+
+    And the variables of enclosing functions that it calls.
+    """
 
     calls: tuple[tuple[Any, ...], ...]
     own: tuple[str, ...]
+    enclosing: tuple[str, ...]
 
 
 _known: dict[types.CodeType, _Facts | None] = {}
@@ -162,11 +196,13 @@ def _facts(code: types.CodeType) -> _Facts | None:
 def _read(code: types.CodeType) -> _Facts | None:
     calls: list[tuple[Any, ...]] = []
     own: list[str] = []
+    enclosing: list[str] = []
     first = code.co_varnames[0] if code.co_argcount else None
     instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "RESUME", "EXTENDED_ARG", "NOP")]
     for before, now in zip([None, *instructions], instructions, strict=False):
         if _writes(now) or _calls_local(before, now):
             return None
+        enclosing += _called_from_outside(before, now)
     if any(isinstance(constant, tuple) and {"out", "inplace"} & set(constant) for constant in code.co_consts):
         return None  # the names of keyword arguments are a constant
     for path in _paths(instructions, first):
@@ -182,7 +218,10 @@ def _read(code: types.CodeType) -> _Facts | None:
             return None
         calls += facts.calls
         own += facts.own
-    return _Facts(tuple(calls), tuple(own))
+        enclosing += facts.enclosing
+    if set(enclosing) & set(code.co_cellvars):
+        return None  # a local variable, called by a function inside
+    return _Facts(tuple(calls), tuple(own), tuple(enclosing))
 
 
 def _writes(now: dis.Instruction) -> bool:
@@ -199,6 +238,13 @@ def _calls_local(before: dis.Instruction | None, now: dis.Instruction) -> bool:
     """Whether a callable held by a local variable is about to be called, which cannot be followed."""
     pair = {before.opname if before is not None else "", now.opname}
     return "PUSH_NULL" in pair and bool(pair & {"LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_DEREF_LOCAL"})
+
+
+def _called_from_outside(before: dis.Instruction | None, now: dis.Instruction) -> list[str]:
+    """The variable of an enclosing function that is about to be called, if one is."""
+    pair = [i for i in (before, now) if i is not None]
+    called = "PUSH_NULL" in {i.opname for i in pair}
+    return [str(i.argval) for i in pair if called and i.opname == "LOAD_DEREF"]
 
 
 _DATA_ATTRIBUTES = frozenset(dir(torch.Tensor)) | frozenset(dir(dict)) | frozenset(dir(list)) | frozenset(dir(str))

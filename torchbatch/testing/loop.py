@@ -316,11 +316,13 @@ def _as_tensor(value: Any) -> torch.Tensor | None:
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, np.ndarray | np.generic):
-        if value.dtype.kind not in "biufc":
+        if value.dtype.kind not in "biufc" or value.dtype.char in "gG":
             return None
         plain = np.asarray(value, dtype=value.dtype.newbyteorder("="))
         shareable = plain.flags.writeable and all(stride >= 0 for stride in plain.strides)
         return torch.as_tensor(plain if shareable else plain.copy())
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return None
     return torch.as_tensor(value) if isinstance(value, bool | int | float | complex) else None
 
 

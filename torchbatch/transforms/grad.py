@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from torchbatch._torch import derivatives
 from torchbatch.core import argnums as positional
 from torchbatch.core import tree
 from torchbatch.core.argnums import Split, leaf_names
@@ -145,12 +146,14 @@ class ValueAndGrad(Wrapper):
         if self._simple and len(args) == 1 and not kwargs:
             x = args[0]
             if isinstance(x, torch.Tensor) and x.is_floating_point():
-                value, pull = guarded(torch.func.vjp, self.transform, self._simple_scalar, x)
-                return value, pull(torch.ones_like(value), retain_graph=False)[0], None
+                value, gradients, _ = guarded(
+                    derivatives.value_and_gradient, self.transform, self._simple_scalar, (x,)
+                )
+                return value, gradients[0], None
         return self._run_trees(args, kwargs)
 
-    def _simple_scalar(self, x: torch.Tensor) -> torch.Tensor:
-        return self._scalar(self.fun(x))
+    def _simple_scalar(self, x: torch.Tensor) -> Any:
+        return (self._scalar(self.fun(x)),), ()
 
     def _run_trees(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Any, Any]:
         positions = positional.resolve(self.argnums, len(args), self.transform, GradientTypeError)
@@ -162,15 +165,14 @@ class ValueAndGrad(Wrapper):
         def flat(*inputs: torch.Tensor) -> Any:
             result = split(*primals.rebuild(inputs))
             if not self.has_aux:
-                return self._scalar(result)
+                return (self._scalar(result),), ()
             result, beside = split_aux(result, self.transform)
-            return self._scalar(result), aux.take(beside)
+            return (self._scalar(result),), aux.take(beside)
 
-        value, pull, *extra = guarded(torch.func.vjp, self.transform, flat, *primals.inputs(), has_aux=self.has_aux)
-        found = primals.cotangents(pull(torch.ones_like(value), retain_graph=False))
-        gradient = positional.unflatten(primals.structure, found)
+        value, found, beside = guarded(derivatives.value_and_gradient, self.transform, flat, primals.inputs())
+        gradient = positional.unflatten(primals.structure, primals.cotangents(found))
         gradient = gradient[0] if isinstance(self.argnums, int) else gradient
-        return value, gradient, aux.give(extra[0]) if self.has_aux else None
+        return value, gradient, aux.give(beside) if self.has_aux else None
 
     def _scalar(self, result: Any) -> torch.Tensor:
         output: torch.Tensor = result if isinstance(result, torch.Tensor) else self._number(result)
@@ -338,8 +340,8 @@ def linearize(fun: Callable[..., Any], *primals: Any, has_aux: bool = False) -> 
     inputs = Primals(primals, lambda: _names(fun, primals))
     pulled = reverse(fun, inputs, has_aux, "linearize")
     output, aux = pulled.outputs.give(pulled.values, pulled.others)
-    zeros = (torch.zeros_like(value) for value in pulled.values)
-    push: Callable[..., Any] = torch.func.vjp(lambda *flat: pulled.pull(flat), *zeros)[1]
+    zeros = [torch.zeros_like(value) for value in pulled.values]
+    push: Callable[..., Any] = derivatives.vjp(lambda *flat: (pulled.pull(flat), ()), zeros)[2]
     f_jvp = LinearFunction(inputs, pulled.outputs, push, float0_like(pulled.outputs.discrete(pulled.others)))
     return (output, f_jvp, aux) if has_aux else (output, f_jvp)
 

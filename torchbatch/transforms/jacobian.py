@@ -156,7 +156,7 @@ def _columns(split: Split, primals: Primals, outputs: Outputs) -> Any:
     """As :func:`push` along every unit tangent, with an axis for those in front of the tangents."""
     basis = standard_basis(primals.tensors)
     if basis[0].shape[0]:
-        values, columns, others = vectorize(lambda *tangents: push(split, primals, outputs, tangents))(*basis)
+        values, columns, others = vectorize(lambda *tangents: push(split, primals, outputs, tangents), basis, False)
         return [value[0] for value in values], columns, [other[0] for other in others]
     values, _, others = push(split, primals, outputs, tuple(primals.tensors))
     return values, [value.new_zeros(0, *value.shape) for value in values], others
@@ -197,7 +197,7 @@ def _rows(pulled: Pullback, primals: Primals, flat: Sequence[torch.Tensor]) -> l
     count = sum(output.numel() for output in flat)
     rows: Sequence[torch.Tensor] = ()
     if count and primals.active:
-        rows = vectorize(lambda *cotangents: pulled.pull(cotangents, retain_graph=False))(*standard_basis(flat))
+        rows = vectorize(lambda *c: pulled.pull(c, retain_graph=False), standard_basis(flat), False)
         rows = [conjugate(row) for row in rows]
     found = iter(rows)
     return [
@@ -207,20 +207,21 @@ def _rows(pulled: Pullback, primals: Primals, flat: Sequence[torch.Tensor]) -> l
 
 
 def standard_basis(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Unit vectors in the space of all ``tensors`` together, one along axis 0 for each number in them."""
+    """Unit vectors in the space of all ``tensors`` together, one along axis 0 for each number in them.
+
+    Each varies from sample to sample where its tensor does, so that a function may write it in place into the other.
+    """
     sizes = [tensor.numel() for tensor in tensors]
-    if len(tensors) == 1:
-        only = tensors[0]
-        return [torch.eye(sizes[0], dtype=only.dtype, device=only.device).reshape(sizes[0], *only.shape)]
-    starts = [0, *accumulate(sizes)]
-    return [
-        _unit_rows(starts[-1], start, size, tensor) for start, size, tensor in zip(starts, sizes, tensors, strict=False)
-    ]
+    starts = accumulate(sizes, initial=0)
+    return [_unit_rows(sum(sizes), start, tensor) for start, tensor in zip(starts, tensors, strict=False)]
 
 
-def _unit_rows(count: int, start: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    row, column = torch.arange(count, device=like.device), torch.arange(start, start + size, device=like.device)
-    return (row[:, None] == column).to(like.dtype).reshape(count, *like.shape)
+def _unit_rows(count: int, start: int, like: torch.Tensor) -> torch.Tensor:
+    size = like.numel()
+    rows = like.new_zeros(count, size)
+    if size:
+        rows.diagonal(-start).fill_(1)
+    return rows.reshape(count, *like.shape)
 
 
 def _bind(

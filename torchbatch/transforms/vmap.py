@@ -15,6 +15,8 @@ from torchbatch._torch.escape import counts, deaths
 from torchbatch.core import axes as axes_
 from torchbatch.core import batch, chunks
 from torchbatch.core.axes import Axis
+from torchbatch.core.frames import Part, in_scope
+from torchbatch.core.describe import function_name, shown
 from torchbatch.core.outputs import OutAxes
 from torchbatch.core.wrapper import Wrapper
 from torchbatch.core.writes import may_write
@@ -52,7 +54,7 @@ def vmap(
             mapped over axis 0.
         out_axes: where the mapped axis goes in each output: an int, None (the output does not vary and is returned
             once) or a tree of them that is a prefix of the output.
-        axis_name: a name for the mapped axis.
+        axis_name: a name for the mapped axis, by which the functions of :mod:`torchbatch.lax` look across the samples.
         axis_size: the number of samples; needed only when no argument is mapped.
         spmd_axis_name: accepted as in JAX, where it concerns sharding over devices; it has no effect here.
         sum_match: whether an output that varies where ``out_axes`` is None is summed over the axis, not an error.
@@ -87,7 +89,8 @@ def vmap(
     if unknown:
         raise _unknown_options(unknown)
     if _is_compiling():
-        return traced.mapped(fun, traced.Options(in_axes, out_axes, sum_match, axis_size, randomness, chunk_size))
+        options = (in_axes, out_axes, sum_match, axis_size, randomness, chunk_size)
+        return traced.mapped(fun, _traced_options(axis_name, *options))
     _check_options(fun, axis_name, axis_size, randomness, chunk_size)
     return Vmapped(fun, in_axes, out_axes, axis_name, axis_size, spmd_axis_name, sum_match, randomness, chunk_size)
 
@@ -156,12 +159,15 @@ class Vmapped(Wrapper):
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         in_axes, out_axes, *_ = self.options
-        options = traced.Options(in_axes, out_axes, self._out.sum_match, self._size, self._randomness, self._chunk_size)
-        return traced.call(self._fun, options, args, kwargs)
+        options = (in_axes, out_axes, self._out.sum_match, self._size, self._randomness, self._chunk_size)
+        return traced.call(self._fun, _traced_options(self._name, *options), args, kwargs)
 
     def _shared(self, args: tuple[Any, ...]) -> Callable[[], dict[str, torch.Tensor]]:
         """The unmapped tensors of a call by name, for an error that has to name one."""
         return lambda: axes_.shared_tensors(self._in, args, self._fun)
+
+    def __repr__(self) -> str:
+        return f"<vmap of {function_name(self.__wrapped__)}>"
 
 
 def _plain_size(args: tuple[Any, ...], axes: tuple[Axis, ...]) -> int | None:
@@ -181,6 +187,10 @@ def _plain_size(args: tuple[Any, ...], axes: tuple[Axis, ...]) -> int | None:
     return size
 
 
+def _traced_options(axis_name: Hashable, *options: Any) -> traced.Options:
+    return traced.Options(*options, (axis_name, Part(axis_name, options[-1])), in_scope.stack)
+
+
 _SPELLING = {"in_dims": "in_axes", "out_dims": "out_axes"}
 
 
@@ -194,26 +204,26 @@ def _unknown_options(unknown: dict[str, Any]) -> AxisSpecError:
 
 def _check_options(fun: Any, axis_name: Any, axis_size: Any, randomness: Any, chunk_size: Any) -> None:
     if not callable(fun):
-        raise AxisSpecError(f"vmap maps a function, but it got {fun!r} of type {type(fun).__name__}, which is not callable.")
+        raise AxisSpecError(f"vmap maps a function, but it got {shown(fun)}, which is not callable.")
     if axis_name is not None:
         _check_name(axis_name)
     _check_count("axis_size", axis_size, 0)
     _check_count("chunk_size", chunk_size, 1)
     if randomness not in _RANDOMNESS:
-        raise AxisError(f"randomness must be 'error', 'different' or 'same', but it is {randomness!r}.")
+        raise AxisError(f"randomness must be 'error', 'different' or 'same', but it is {shown(randomness)}.")
 
 
 def _check_name(axis_name: Any) -> None:
     try:
         hash(axis_name)
     except TypeError as error:
-        raise AxisSpecError(f"axis_name must be hashable, but it is {axis_name!r}.") from error
+        raise AxisSpecError(f"axis_name must be hashable, but it is {shown(axis_name)}.") from error
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise AxisSpecError(f"{name} must be an int or None, but it is {value!r} of type {type(value).__name__}.")
+        raise AxisSpecError(f"{name} must be an int or None, but it is {shown(value)}.")
     if value < least:
         raise AxisError(f"{name} must be at least {least}, but it is {value}.")
