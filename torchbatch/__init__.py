@@ -1,6 +1,6 @@
 """torchbatch: JAX's ``vmap`` for PyTorch."""
 
-from torchbatch import errors, tree
+from torchbatch import errors, lax, tree
 from torchbatch._torch.fallback import fallback
 from torchbatch.transforms.checkpoint import checkpoint
 from torchbatch.transforms.eval_shape import ShapeDtypeStruct, eval_shape
@@ -21,6 +21,7 @@ __all__ = [
     "jacfwd",
     "jacrev",
     "jvp",
+    "lax",
     "linearize",
     "stack_modules",
     "stop_gradient",

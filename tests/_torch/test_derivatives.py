@@ -168,6 +168,20 @@ def test_a_mapped_pullback(mapped):
     torch.testing.assert_close(mapped(lambda c: pulled((c,))[0])(torch.eye(3)), torch.diag(3 * X * X))
 
 
+@VMAPS
+def test_tangents_shared_by_all_samples_have_room_for_what_is_written(mapped):
+    def function(x):
+        y = x.clone()
+        y[0] = x[1] * x[2]
+        y.mul_(2)
+        return y
+
+    rows = torch.stack([X, Y])
+    found = mapped(lambda x: push(function)(x, ONES))(rows)
+    torch.testing.assert_close(found, torch.stack([push(function)(x, ONES) for x in rows]))
+    torch.testing.assert_close(mapped(lambda t: push(function)(X, t))(rows), torch.stack([push(function)(X, t) for t in rows]))
+
+
 def test_gradients_of_ordinary_autograd_go_through():
     x, w = X.clone().requires_grad_(), Y.clone().requires_grad_()
     found = grad(lambda v: (cube(v) * w).sum())(x)
@@ -204,6 +218,12 @@ def test_grad_mode_that_a_function_switches_off_is_back_on_after_it():
 
     torch.testing.assert_close(grad(function)(X), torch.zeros(3))
     assert torch.is_grad_enabled()
+
+
+def test_forward_mode_that_is_off_around_the_call_does_not_count():
+    with forward_ad._set_fwd_grad_enabled(False):
+        torch.testing.assert_close(push(cube)(X, ONES), 3 * X * X)
+        assert not torch._C._is_fwd_grad_enabled()
 
 
 @pytest.mark.parametrize("made_inside", [False, True])
@@ -370,6 +390,7 @@ def test_results_are_plain_tensors():
 
     found = [*vjp(flat(lambda x: x, Same.apply), (X,))[0], *vjp(flat(Same.apply), (X,))[2]((ONES,))]
     found += [t for part in jvp(flat(lambda x: x, cube), (X,), (ONES,)) for t in part]
+    found += [*vjp(lambda x: ((x,), (x, cube(x))), (X,))[1], *jvp(lambda x: ((x,), (x, cube(x))), (X,), (ONES,))[2]]
     assert not any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in found)
 
 

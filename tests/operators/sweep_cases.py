@@ -67,8 +67,6 @@ class Sample(NamedTuple):
 BATCH = 3
 #: Whether batches of size 0 are among the cases.
 EMPTY_BATCHES = False
-#: Whether a result that may be the same for all samples is asked for along an axis other than the first.
-UNMAPPED_RESULTS_ANYWHERE = False
 
 
 @functools.lru_cache(maxsize=4)
@@ -269,8 +267,7 @@ def _mapped(
         inputs.append(batch)
         in_axes.append(axis)
     ranks = [x.dim() for x in expected] if isinstance(expected, list) else []
-    varied = UNMAPPED_RESULTS_ANYWHERE or (all(case.mapped) and all(x.numel() for x in inputs))
-    out_axes = [case.out_axis if varied and -rank <= case.out_axis < rank else 0 for rank in ranks]
+    out_axes = [case.out_axis if -rank <= case.out_axis < rank else 0 for rank in ranks]
     torch.manual_seed(17)
     outs = vmap(call, tuple(in_axes), out_axes if ranks else 0, randomness="different")(*inputs)
     return outs, out_axes

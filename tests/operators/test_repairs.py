@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ def test_write_a_per_sample_value_where_a_mask_is_true() -> None:
     values = torch.tensor([10.0, 20.0])
     expected = torch.where(X < 0, values[:, None], X)
     assert vmap(lambda x, v: set_item(x, x < 0, v))(X, values).equal(expected)
-    assert vmap(lambda x, v: x.index_put((x < 0,), v, accumulate=True))(X, values).equal(torch.where(X < 0, X + values[:, None], X))
+    added = vmap(lambda x, v: x.index_put((x < 0,), v, accumulate=True))(X, values)
+    assert added.equal(torch.where(X < 0, X + values[:, None], X))
 
 
 def test_write_rows_where_a_mask_is_true() -> None:
@@ -133,7 +135,8 @@ def test_rrelu() -> None:
 def test_covariance_with_weights() -> None:
     x, weights = torch.rand(2, 3, 4), torch.randint(1, 4, (2, 4))
     result = vmap(lambda x, w: torch.cov(x, fweights=w, aweights=w / 2))(x, weights)
-    torch.testing.assert_close(result, torch.stack([torch.cov(x[i], fweights=weights[i], aweights=weights[i] / 2) for i in range(2)]))
+    expected = [torch.cov(x[i], fweights=weights[i], aweights=weights[i] / 2) for i in range(2)]
+    torch.testing.assert_close(result, torch.stack(expected))
 
 
 def test_integer_products_stay_integers() -> None:
@@ -145,3 +148,18 @@ def test_integer_products_stay_integers() -> None:
 def test_nothing_changes_for_what_is_shared() -> None:
     shared = torch.tensor(5.0)
     assert vmap(lambda x: x + torch.roll(shared, 1))(X).equal(X + 5)
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.huber_loss, F.smooth_l1_loss])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_losses_in_nested_maps(loss: Callable[..., torch.Tensor], reduction: str) -> None:
+    x, target = 3 * torch.rand(2, 3, 4), torch.rand(4)
+    call = lambda x: loss(x, target, reduction=reduction)  # noqa: E731
+    expected = torch.stack([torch.stack([call(row) for row in part]) for part in x])
+    torch.testing.assert_close(vmap(vmap(call))(x), expected)
+
+
+def test_index_fill_in_nested_maps() -> None:
+    places = torch.tensor([[[0], [-1]], [[1], [2]]])
+    result = vmap(vmap(lambda i: X[0].index_fill(0, i, 9.0)))(places)
+    assert result.equal(torch.stack([torch.stack([X[0].index_fill(0, i, 9.0) for i in row]) for row in places]))

@@ -332,3 +332,16 @@ def test_torch_compile(case):
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*args), function(*args))
+
+
+@VMAPS
+@BOTH
+def test_functions_that_write_in_place_into_what_they_made(name, mapped):
+    def written(x):
+        y = x.clone()
+        y[0] = x[1] * x[2]
+        return y.mul_(2)
+
+    rows = torch.stack([X, X + 1])
+    wanted = jax.vmap(getattr(jax, name)(lambda x: 2 * x.at[0].set(x[1] * x[2])))(to_jax(rows))
+    assert_same(mapped(getattr(module, name)(written))(rows), wanted)

@@ -139,7 +139,8 @@ def test_every_use_of_a_per_sample_value_by_python(line, written):
     fun, place = written(line)
     with pytest.raises(DataDependentError) as caught:
         vmap(fun)(X)
-    assert str(caught.value) == LINES[line] + place
+    text = re.sub("<(genexpr|listcomp)>", "user_function", str(caught.value))
+    assert text == LINES[line] + place
     assert isinstance(caught.value, TypeError) and isinstance(caught.value, RuntimeError)
     assert caught.value.__cause__ is not None
 
@@ -239,13 +240,12 @@ def test_code_without_a_file_is_named_without_its_line():
     assert str(caught.value) == NUMBER + "\n  in typed, <string>:2"
 
 
-def test_a_long_line_is_cut():
-    def fun(x):
-        return x.item() + 1.0 + 1.0 + 1.0 + 1.0 + 1.0 + 1.0 + 1.0 + 1.0 + 1.0 + 1.0 + 1.0 + 1.0 + 1.0 + 1.0 + 1.0 + 1.0 + 1.0
-
+def test_a_long_line_is_cut(written):
+    fun, _ = written("return x.item()" + " + 1.0" * 30)
     with pytest.raises(DataDependentError) as caught:
         vmap(fun)(X[:, 0])
-    assert str(caught.value).endswith(" …") and len(str(caught.value).splitlines()[-1]) <= 124
+    *_, last = str(caught.value).splitlines()
+    assert last.startswith("    return x.item() + 1.0") and last.endswith(" …") and len(last) <= 124
 
 
 def test_a_function_of_pytorchs_own_has_the_callers_line():

@@ -44,8 +44,19 @@ def own(full: torch.Tensor, level: int, size: int) -> torch.Tensor:
     if levels.depth() == level:
         result: torch.Tensor = levels.add_batch_dim(full, 0, level)
         return result
-    numbers = overlay.call(torch.arange, (size,), {"device": full.device})
-    return full.index_select(0, levels.add_batch_dim(levels.innermost(numbers), 0, level)).squeeze(0)
+    return full.index_select(0, number(level, size, full.device).unsqueeze(0)).squeeze(0)
+
+
+def number(level: int, size: int, device: torch.device | None) -> torch.Tensor:
+    """The number of each sample of ``level``, from 0."""
+    numbers = overlay.call(torch.arange, (size,), {"device": device})
+    result: torch.Tensor = levels.add_batch_dim(levels.innermost(numbers), 0, level)
+    return result
+
+
+def copy(x: torch.Tensor) -> torch.Tensor:
+    """A copy, so that what is written into the result of a look does not reach what was looked at."""
+    return overlay.call(torch.clone, (x,), {}) if overlay.is_traced() else x.clone()
 
 
 class _Gather(torch.autograd.Function):

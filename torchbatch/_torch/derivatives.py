@@ -13,8 +13,9 @@ Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._functorch._gr
 ``torch._functorch.eager_transforms.JVP_NESTING``; ``torch._C._autograd._saved_tensors_hooks_disable``,
 ``_saved_tensors_hooks_enable``, ``_saved_tensors_hooks_get_disabled_error_message``; ``torch._C._set_grad_enabled``,
 ``_set_fwd_grad_enabled``, ``_is_fwd_grad_enabled``; ``torch._VF._make_dual``, ``_unpack_dual``;
+``torch._C._enter_dual_level``, ``_exit_dual_level``, ``torch.autograd.forward_ad._current_level``;
 ``torch.autograd.graph._engine_run_backward``, ``torch.autograd.forward_ad._maybe_load_decompositions``;
-``torch._dynamo.compiled_autograd.compiled_autograd_enabled``, ``_disable``.
+``torch._dynamo.compiled_autograd.compiled_autograd_enabled``, ``_disable``; and those of :mod:`torchbatch._torch.levels`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from torch.autograd import forward_ad
 from torch.autograd import graph as _graph
 from torch.overrides import has_torch_function
 
+from torchbatch._torch import levels
+
 Tensors = tuple[torch.Tensor, ...]
 Flat = Callable[..., tuple[Tensors, Tensors]]
 Pull = Callable[..., Tensors]
@@ -40,6 +43,8 @@ _hooks: Any = torch._C._autograd
 _dual: Any = torch._VF
 _forward_ad: Any = forward_ad
 _transforms: Any = eager_transforms
+_enter_dual_level: Any = torch._C._enter_dual_level
+_exit_dual_level: Any = torch._C._exit_dual_level
 _run_backward: Any = _graph._engine_run_backward
 _is_compiling = torch.compiler.is_compiling
 _is_inference = torch.is_inference_mode_enabled
@@ -99,7 +104,7 @@ def jvp(
         _set_forward_enabled(True)
         _duals.enter()
         try:
-            duals = [_dual._make_dual(x, t, level=0) for x, t in zip(inputs, tangents, strict=True)]
+            duals = [_dual._make_dual(x, _spread(t, x), level=0) for x, t in zip(inputs, tangents, strict=True)]
             outputs, others = function(*duals)
             pairs = [_dual._unpack_dual(output, level=0) for output in outputs]
             values = tuple([_unwrap(value, level) for value, _ in pairs])
@@ -110,6 +115,13 @@ def jvp(
     finally:
         _set_forward_enabled(was)
         _functorch._jvp_decrement_nesting()
+
+
+def _spread(tangent: torch.Tensor, primal: torch.Tensor) -> torch.Tensor:
+    """``tangent`` with every mapped axis of ``primal``, so that what is written into the one has room in the other."""
+    if levels.is_wrapped(primal) and not set(levels.batch_levels(primal)) <= set(levels.batch_levels(tangent)):
+        return tangent + torch.zeros_like(primal)
+    return tangent
 
 
 def _at_new_level(function: Flat, inputs: Sequence[torch.Tensor]) -> tuple[Tensors, Tensors, Tensors, Tensors]:
@@ -203,7 +215,7 @@ class _Duals:
                 _forward_ad._maybe_load_decompositions()
                 self._loaded = True
             if not _transforms.JVP_NESTING:
-                self._level = _forward_ad.enter_dual_level()
+                self._level = _forward_ad._current_level = _enter_dual_level()
             _transforms.JVP_NESTING += 1
             self._open += 1
 
@@ -213,7 +225,8 @@ class _Duals:
             self._open -= 1
             if not self._open and self._level is not None:
                 level, self._level = self._level, None
-                _forward_ad.exit_dual_level(level=level)
+                _exit_dual_level(level=level)
+                _forward_ad._current_level = level - 1
 
 
 _duals = _Duals()

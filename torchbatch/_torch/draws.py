@@ -133,7 +133,7 @@ def _factory(operator: overlay.Operator) -> overlay.Operator:
         plain = [torch.empty(a.shape, dtype=a.dtype, device=a.device) if isinstance(a, torch.Tensor) else a for a in args]
         return _draw(_open_maps(), lambda sizes: _mapped(sizes, lambda: operator(*plain, **kwargs)))
 
-    return _in_chunks(operator, draw)
+    return _in_chunks(operator, draw, by_layout=True)
 
 
 def _in_place(operator: overlay.Operator) -> overlay.Operator:
@@ -147,7 +147,7 @@ def _in_place(operator: overlay.Operator) -> overlay.Operator:
 
         return tensor.copy_(_draw(_open_maps(), whole))
 
-    return _in_chunks(operator, draw)
+    return _in_chunks(operator, draw, by_layout=True)
 
 
 def _dropout(operator: overlay.Operator) -> overlay.Operator:
@@ -160,7 +160,8 @@ def _dropout(operator: overlay.Operator) -> overlay.Operator:
             ones = torch.ones([*sizes, *tensor.shape], dtype=tensor.dtype, device=tensor.device)
             return _mapped(sizes, lambda x: operator(x, *rest, **kwargs), ones)
 
-        return tensor * _draw(_open_maps(), whole)
+        noise = _draw(_open_maps(), whole)
+        return tensor.mul_(noise) if operator.__name__.endswith("_") else tensor * noise
 
     return _in_chunks(operator, draw)
 
@@ -222,12 +223,30 @@ def _refused(what: str) -> RandomnessError:
     )
 
 
-def _in_chunks(operator: overlay.Operator, draw: Callable[[Any, Any], torch.Tensor]) -> overlay.Operator:
+def _in_chunks(
+    operator: overlay.Operator, draw: Callable[[Any, Any], torch.Tensor], by_layout: bool = False
+) -> overlay.Operator:
+    """``draw`` in a chunk; with ``by_layout`` also where PyTorch would draw in the order in which a tensor lies in memory."""
+
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        return draw(args, kwargs) if _parts.by_level else operator(*args, **kwargs)
+        if _parts.by_level or (by_layout and not _lies_in_order(args) and _open_maps()):
+            return draw(args, kwargs)
+        return operator(*args, **kwargs)
 
     kernel.__name__ = operator.__name__
     return kernel
+
+
+def _lies_in_order(args: Any) -> bool:
+    """Whether the first argument, if it is a tensor, lies in memory sample by sample, row by row."""
+    value = args[0] if args else None
+    if not isinstance(value, torch.Tensor):
+        return True
+    while levels.is_wrapped(value):
+        if levels.is_batchedtensor(value) and levels.unwrap_batched(value, levels.maybe_get_level(value))[1] != 0:
+            return False
+        value = levels.get_unwrapped(value)
+    return value.is_contiguous()
 
 
 _KERNELS = {
@@ -236,11 +255,11 @@ _KERNELS = {
         "randint_like.low_dtype randn randn.generator randn_like randperm randperm.generator normal.float_float"
     ),
     _in_place: "bernoulli_.float cauchy_ exponential_ geometric_ log_normal_ normal_ random_ random_.from random_.to uniform_",
-    _dropout: "dropout feature_dropout",
+    _dropout: "dropout dropout_ feature_dropout feature_dropout_",
     _of_values: "bernoulli bernoulli.p normal.Tensor_Tensor normal.Tensor_float normal.float_Tensor",
     _refuse: (
-        "alpha_dropout alpha_dropout_ bernoulli_.Tensor binomial dropout_ feature_alpha_dropout feature_alpha_dropout_ "
-        "feature_dropout_ multinomial poisson rrelu rrelu_ rrelu_with_noise rrelu_with_noise_ _standard_gamma "
+        "alpha_dropout alpha_dropout_ bernoulli_.Tensor binomial feature_alpha_dropout feature_alpha_dropout_ "
+        "multinomial poisson rrelu rrelu_ rrelu_with_noise rrelu_with_noise_ _standard_gamma "
         "_sample_dirichlet fractional_max_pool2d fractional_max_pool3d"
     ),
 }

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchbatch._torch import levels
+from torchbatch._torch import caller, levels
 from torchbatch.errors import (
     DataDependentError,
     EscapedValueError,
@@ -200,7 +200,7 @@ def explain(error: Exception, shared: Callable[[], Mapping[str, torch.Tensor]]) 
         shared: gives the unmapped tensors of the call by name.
     """
     text = str(error)
-    where = _user_frame(error.__traceback__)
+    where = _user_frame(error.__traceback__) or _calling_frame()
     if _SHARED_WRITE.search(text) or _same_groups(_BROADCAST_WRITE.search(text)):
         return InPlaceError(_shared_write(where, shared()) + _line(where))
     if _RAGGED.search(text) and (where is None or "stack" not in (where.summary.line or "")):
@@ -239,6 +239,14 @@ def _user_frame(trace: TracebackType | None) -> _Place | None:
         else:
             own = place
     return own or other
+
+
+def _calling_frame() -> _Place | None:
+    """The line that calls the mapped function, where that is none of the user's own (``vmap(torch.Tensor.item)``)."""
+    frame = caller.user_frame()
+    if frame is None:
+        return None
+    return _Place(traceback.FrameSummary(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name), {})
 
 
 def _line(where: _Place | None) -> str:

@@ -6,7 +6,7 @@ Each function takes the operator and its arguments, which are per-sample tensors
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,14 @@ def take(_: Any, x: Tensor, index: Tensor) -> Tensor:
     """Read from the flattened tensor."""
     place = torch.where(index < 0, index + x.numel(), index).reshape(-1)
     return x.reshape(-1).gather(0, place).reshape(index.shape)
+
+
+@formula("max_unpool2d", "max_unpool3d")
+def max_unpool(_: Any, x: Tensor, indices: Tensor, output_size: Sequence[int], *__: Any) -> Tensor:
+    """Every maximum goes back to the place that it came from, in each channel."""
+    first = x.dim() - len(output_size)
+    room = x.new_zeros(*x.shape[:first], torch.Size(output_size).numel())
+    return room.scatter(-1, indices.flatten(first), x.flatten(first)).unflatten(-1, output_size)
 
 
 @formula("index_reduce")

@@ -24,4 +24,12 @@ def _own(full: torch.Tensor, level: int, size: int) -> torch.Tensor:
     return across.own(full, level, size)
 
 
-gather, total, own = [torch.compiler.allow_in_graph(step) for step in (_gather, _total, _own)]
+def _number(level: int, size: int, device: torch.device | None) -> torch.Tensor:
+    return across.number(level, size, device)
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    return across.copy(x)
+
+
+gather, total, own, number, copy = map(torch.compiler.allow_in_graph, (_gather, _total, _own, _number, _copy))

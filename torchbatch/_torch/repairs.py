@@ -106,6 +106,12 @@ def resize(_: Original, x: Tensor, size: Sequence[int], **options: Any) -> Tenso
     return result
 
 
+@repair("max_unpool2d", "max_unpool3d")
+def max_unpool(_: Original, x: Tensor, indices: Tensor, output_size: Sequence[int], *options: Any) -> Tensor:
+    """The formula again: PyTorch's gradient asks how the memory is laid out."""
+    return formulas.max_unpool(_, x, indices, output_size, *options)
+
+
 # --- masks as indices ------------------------------------------------------------------------------------------------
 
 
@@ -168,16 +174,20 @@ def _has_count(mask: Tensor, count: int) -> bool:
     return count > 0 and not overlay.is_traced() and bool((levels.innermost(mask.sum()) == count).all())
 
 
-@repair("index_fill.int_Tensor")
-def index_fill(_: Original, x: Tensor, dim: int, index: Tensor, value: Tensor) -> Tensor:
+@repair("index_fill.int_Scalar", "index_fill.int_Tensor")
+def index_fill(_: Original, x: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
     """Choose between the old value and the new one, where the index is per-sample."""
-    if x.dim() == 0 or not varies(index):
+    if not varies(index):
         result: Tensor = _(x, dim, index, value)
         return result
-    hit = torch.zeros(x.shape[dim], dtype=torch.bool, device=x.device).index_fill(0, index, True)
+    if x.dim() == 0:
+        return index_fill(_, x.reshape(1), 0, index, value).reshape(())
+    count = x.shape[dim]
+    places = torch.where(index < 0, index + count, index).reshape(-1)
+    hit = torch.zeros(count, dtype=torch.bool, device=x.device).scatter(0, places, True)
     shape = [1] * x.dim()
     shape[dim] = -1
-    return torch.where(hit.reshape(shape), value.to(x.dtype), x)
+    return torch.where(hit.reshape(shape), torch.as_tensor(value, dtype=x.dtype, device=x.device), x)
 
 
 # --- statistics and random numbers -----------------------------------------------------------------------------------
@@ -198,7 +208,7 @@ def cov(_: Original, x: Tensor, *, correction: int = 1, fweights: Tensor | None 
     return ((centred * weight) @ centred.mH / norm.clamp(min=0)).squeeze()
 
 
-@repair("addbmm", "baddbmm", "addmv")
+@repair("addbmm", "addbmm_", "addmv", "addmv_", "baddbmm", "baddbmm_")
 def integers(_: Original, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The factors of a product of integers are integers, as PyTorch has them without vmap."""
     if not (x.is_floating_point() or x.is_complex()):
@@ -249,6 +259,32 @@ def _decomposed(name: str) -> None:
 
 for _name in ("multi_margin_loss", "gru.input", "rnn_tanh.input", "rnn_relu.input"):
     _decomposed(_name)
+
+
+def _batched_alike(a: Tensor, b: Tensor) -> bool:
+    return list(levels.batch_levels(a)) == list(levels.batch_levels(b))
+
+
+def _elementwise_loss(name: str, formula: Callable[..., Tensor]) -> None:
+    """Use a formula where the arguments vary along different axes, which PyTorch mixes up in nested maps."""
+
+    @repair(name)
+    def loss(_: Original, x: Tensor, target: Tensor, reduction: int = 1, *options: float) -> Tensor:
+        if _batched_alike(x, target):
+            result: Tensor = _(x, target, reduction, *options)
+            return result
+        each = formula(x - target, *options)
+        return each.mean() if reduction == 1 else each.sum() if reduction == 2 else each
+
+
+_elementwise_loss("mse_loss", torch.square)
+_elementwise_loss(
+    "huber_loss", lambda d, delta=1.0: torch.where(d.abs() < delta, d * d / 2, delta * (d.abs() - delta / 2))
+)
+_elementwise_loss(
+    "smooth_l1_loss",
+    lambda d, beta=1.0: torch.where(d.abs() < beta, d * d / 2 / (beta or 1.0), d.abs() - beta / 2),
+)
 
 
 @repair("multilabel_margin_loss")

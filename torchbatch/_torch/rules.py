@@ -11,6 +11,7 @@ Private names used, seen on torch 2.11, 2.13 and 2.15: ``OpOverload._op_dk``, ``
 from __future__ import annotations
 
 import functools
+import gc
 import re
 from collections.abc import Callable, Container, Iterator
 from typing import Any
@@ -312,12 +313,12 @@ EXPLICIT = set(
 
 #: Operators whose definition in ``torch._decomp`` works for batched tensors.
 DECOMPOSED = set(
-    "_addmm_activation _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _weight_norm_interface "
-    "addr affine_grid_generator isin.Tensor_Tensor isin.Tensor_Scalar isin.Scalar_Tensor masked_fill.Tensor max_unpool2d "
-    "max_unpool3d mse_loss_backward multi_margin_loss nll_loss_backward nll_loss_forward "
+    "_addmm_activation _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
+    "_weight_norm_interface addr affine_grid_generator isin.Tensor_Tensor isin.Tensor_Scalar isin.Scalar_Tensor "
+    "masked_fill.Tensor mse_loss_backward multi_margin_loss nll_loss_backward nll_loss_forward "
     "nll_loss2d_backward nll_loss2d_forward norm.ScalarOpt_dim_dtype renorm special_log_ndtr unfold_backward "
-    "soft_margin_loss soft_margin_loss_backward _batch_norm_with_update _batch_norm_with_update_functional _chunk_cat "
-    "view_copy.dtype native_dropout_backward".split()
+    "soft_margin_loss soft_margin_loss_backward _batch_norm_with_update _batch_norm_with_update_functional "
+    "_chunk_cat view_copy.dtype native_dropout_backward".split()
 )
 
 #: Operators of which PyTorch's own definition by others does not work for batched tensors, or answers a question of Python.
@@ -367,5 +368,18 @@ def _run(name: str, *args: Any, **kwargs: Any) -> Any:
 
 
 _library = torch.library.Library("aten", "IMPL")
-for _name in batching.lacking():
-    _library.impl(_name, functools.partial(_run, _name), batching.NAME)
+
+
+def _register() -> None:
+    """Two thousand small objects, which are to stay: a look at them by the garbage collector would cost more than they do."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for name in batching.lacking():
+            _library.impl(name, functools.partial(_run, name), batching.NAME)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+_register()

@@ -19,7 +19,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from torchbatch._torch import wrappers
+from torchbatch._torch import derivatives, wrappers
 from torchbatch.core.argnums import alias, flatten, unflatten
 from torchbatch.core.derivative import is_inexact
 from torchbatch.errors import UnsupportedOperationError
@@ -215,10 +215,10 @@ class Segment:
     ) -> list[torch.Tensor | None]:
         """Cotangents of the ``wanted`` inputs, None for the others."""
 
-        def flat(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return self.again(_placed(inputs, wanted, values), wanted)
+        def flat(*values: torch.Tensor) -> tuple[derivatives.Tensors, derivatives.Tensors]:
+            return self.again(_placed(inputs, wanted, values), wanted), ()
 
-        outputs, pull = torch.func.vjp(flat, *[inputs[i] for i in wanted])[:2]
+        outputs, _, pull = derivatives.vjp(flat, [inputs[i] for i in wanted])
         full = [torch.zeros_like(o) if c is None else c for o, c in zip(outputs, cotangents, strict=True)]
         found: list[torch.Tensor | None] = [None] * len(inputs)
         for i, value in zip(wanted, pull(tuple(full)), strict=True):
@@ -230,13 +230,12 @@ class Segment:
     ) -> tuple[torch.Tensor, ...]:
         """Tangents of the outputs along tangents of the ``wanted`` inputs."""
 
-        def flat(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return self.again(_placed(inputs, wanted, values), wanted)
+        def flat(*values: torch.Tensor) -> tuple[derivatives.Tensors, derivatives.Tensors]:
+            return self.again(_placed(inputs, wanted, values), wanted), ()
 
         with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):  # turns forward mode on
             inputs = [forward_ad.unpack_dual(tensor).primal for tensor in inputs]  # type: ignore[no-untyped-call]
-            primals = tuple([inputs[i] for i in wanted])
-            return torch.func.jvp(flat, primals, tuple(tangents))[1]  # type: ignore[no-any-return]
+            return derivatives.jvp(flat, [inputs[i] for i in wanted], tangents)[1]
 
 
 def _placed(

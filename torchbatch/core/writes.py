@@ -116,7 +116,8 @@ def _reach_method(fun: types.FunctionType, owner: Any) -> list[Any] | None:
         return _reach_function(fun, owner)
     if isinstance(owner, torch.nn.Module):
         return [] if fun.__name__ == "forward" else _reach_module(owner)
-    return [] if _is_library(owner if isinstance(owner, type) else type(owner)) else None  # may call what a user's class overrides
+    cls = owner if isinstance(owner, type) else type(owner)
+    return [] if _is_library(cls) else None  # it may call what a user's class overrides
 
 
 def _reach_function(fun: types.FunctionType, owner: Any) -> list[Any] | None:
@@ -268,7 +269,9 @@ def _paths(instructions: list[dis.Instruction], first: str | None) -> Iterator[t
             elif now.argval not in _DATA_ATTRIBUTES:
                 of_first = before is not None and before.opname == "LOAD_FAST" and before.argval == first
                 yield (None, now.argval) if of_first else None
-        elif path and now.opname not in ("PUSH_NULL",):
+        elif now.opname.startswith("LOAD_SUPER"):
+            yield None
+        elif path and now.opname != "PUSH_NULL":
             yield tuple(path)
             path = []
         before = now

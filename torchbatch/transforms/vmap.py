@@ -119,7 +119,7 @@ class Vmapped(Wrapper):
             return self._traced(args, kwargs)
         before = counts()
         if self._writes is None:
-            self._writes = may_write(self._fun)
+            self._writes = self._randomness == "different" or may_write(self._fun)
         try:
             axes = self._plain_axes if self._every_axis is None else (self._every_axis,) * len(args)
             size = None if kwargs else _plain_size(args, axes)

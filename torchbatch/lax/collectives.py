@@ -1,0 +1,619 @@
+"""Collectives: what one sample can know of all samples of an axis that ``vmap(…, axis_name=…)`` names."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+
+from torchbatch._torch import across, traced
+from torchbatch._torch.escape import EscapedTensor
+from torchbatch.core import tree
+from torchbatch.core.arrays import as_tensor
+from torchbatch.core.describe import describe, shown
+from torchbatch.core.frames import AxisFrame, find
+from torchbatch.errors import AxisError, AxisSpecError, EscapedValueError, InputTypeError, UnsupportedOperationError
+
+_Tensor = torch.Tensor
+_Groups = Sequence[Sequence[int]] | None
+_is_compiling = torch.compiler.is_compiling
+
+
+def psum(x: Any, axis_name: Any, *, axis_index_groups: _Groups = None) -> Any:
+    """The sum over all samples of a named axis.
+
+    Shapes: ``[a] -> [a]``; the result is the same for all samples.
+
+    Args:
+        x: a tensor, an array, a number or a tree of them. What is the same for all samples is added up all the same: ``psum(1,
+            "i")`` is the number of samples, as a Python int.
+        axis_name: the name of the axis, or a tuple of names to sum over several.
+        axis_index_groups: as in JAX, allowed under ``vmap`` only where ``x`` is a Python number: the sum is then over a group.
+
+    Returns:
+        A tree like ``x``. Truth values are counted; other dtypes stay as they are.
+
+    Raises:
+        AxisNameError: no enclosing ``vmap`` has the name, or it has a ``chunk_size`` that cuts the axis up.
+        AxisError: a name is given twice.
+
+    Example:
+        >>> import torch
+        >>> from torchbatch import lax, vmap
+        >>> vmap(lambda x: x / lax.psum(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0, 4.0]))
+        tensor([0.1250, 0.3750, 0.5000])
+
+    Source: ``jax.lax.psum``. The gradient is JAX's too: the transpose of a sum over samples is a sum over samples.
+    """
+    frames = _frames(axis_name, "psum")
+    size = _group_size(x, frames, axis_index_groups, "psum")
+    return _map(lambda value: _total(value, frames), x, "psum", lambda number: number * size)
+
+
+def pmean(x: Any, axis_name: Any, *, axis_index_groups: _Groups = None) -> Any:
+    """The mean over all samples of a named axis.
+
+    Shapes: ``[a] -> [a]``; the result is the same for all samples.
+
+    Args:
+        x: a tensor, an array, a number or a tree of them.
+        axis_name: the name of the axis, or a tuple of names.
+        axis_index_groups: as in :func:`psum`.
+
+    Returns:
+        A tree like ``x``; the mean of integers is floating-point.
+
+    Raises:
+        AxisNameError, AxisError: as in :func:`psum`.
+
+    Example:
+        >>> import torch
+        >>> from torchbatch import lax, vmap
+        >>> vmap(lambda x: x - lax.pmean(x, "i"), axis_name="i")(torch.tensor([1.0, 3.0, 5.0]))
+        tensor([-2.,  0.,  2.])
+
+    Source: ``jax.lax.pmean``.
+    """
+    frames = _frames(axis_name, "pmean")
+    size = _group_size(x, frames, axis_index_groups, "pmean")
+    return _map(lambda value: _total(value, frames) / size, x, "pmean", lambda n: n * size / size if size else math.nan)
+
+
+def pmax(x: Any, axis_name: Any, *, axis_index_groups: _Groups = None) -> Any:
+    """The greatest value over all samples of a named axis, element by element.
+
+    Shapes: ``[a] -> [a]``; the result is the same for all samples.
+
+    Args:
+        x: a tensor, an array, a number or a tree of them.
+        axis_name: the name of the axis, or a tuple of names.
+        axis_index_groups: as in :func:`psum`.
+
+    Returns:
+        A tree like ``x``.
+
+    Raises:
+        AxisNameError, AxisError: as in :func:`psum`.
+
+    Example:
+        >>> import torch
+        >>> from torchbatch import lax, vmap
+        >>> vmap(lambda x: x == lax.pmax(x, "i"), axis_name="i")(torch.tensor([1.0, 5.0, 3.0]))
+        tensor([False,  True, False])
+
+    Source: ``jax.lax.pmax``. JAX has no derivative of it; here it is that of ``torch.amax``.
+    """
+    return _extreme(x, axis_name, axis_index_groups, "pmax", torch.amax)
+
+
+def pmin(x: Any, axis_name: Any, *, axis_index_groups: _Groups = None) -> Any:
+    """The least value over all samples of a named axis, element by element.
+
+    Shapes: ``[a] -> [a]``; the result is the same for all samples.
+
+    Args:
+        x: a tensor, an array, a number or a tree of them.
+        axis_name: the name of the axis, or a tuple of names.
+        axis_index_groups: as in :func:`psum`.
+
+    Returns:
+        A tree like ``x``.
+
+    Raises:
+        AxisNameError, AxisError: as in :func:`psum`.
+
+    Example:
+        >>> import torch
+        >>> from torchbatch import lax, vmap
+        >>> vmap(lambda x: x - lax.pmin(x, "i"), axis_name="i")(torch.tensor([1.0, 5.0, 3.0]))
+        tensor([0., 4., 2.])
+
+    Source: ``jax.lax.pmin``. JAX has no derivative of it; here it is that of ``torch.amin``.
+    """
+    return _extreme(x, axis_name, axis_index_groups, "pmin", torch.amin)
+
+
+def all_gather(
+    x: Any, axis_name: Any, *, axis_index_groups: _Groups = None, axis: int = 0, tiled: bool = False, to: str = "varying"
+) -> Any:
+    """The values of all samples of a named axis, as one tensor.
+
+    Shapes: with ``n`` samples and ``axis=0``, ``[a] -> [n, a]``; with ``tiled=True``, ``[a] -> [n * a]``. The result is the
+    same for all samples.
+
+    Args:
+        x: a tensor, an array, a number or a tree of them.
+        axis_name: the name of the axis; of a tuple of names, the last one varies fastest.
+        axis_index_groups: not available under ``vmap``, in JAX neither.
+        axis: where the samples go in the result; with ``tiled``, which axis of ``x`` they are concatenated along.
+        tiled: whether the samples are concatenated along an axis of ``x``, not stacked along a new one.
+        to: ``"varying"``; the other values that JAX has concern devices.
+
+    Returns:
+        A tree like ``x``. Its tensors are copies, and can be written to.
+
+    Raises:
+        AxisNameError: no enclosing ``vmap`` has the name, or it has a ``chunk_size`` that cuts the axis up.
+        AxisError: ``axis`` is out of bounds, or a name is given twice.
+        UnsupportedOperationError: ``axis_index_groups`` or ``to`` is given.
+
+    Example:
+        >>> import torch
+        >>> from torchbatch import lax, vmap
+        >>> points = torch.tensor([0.0, 1.0, 4.0])
+        >>> vmap(lambda x: (lax.all_gather(x, "i") - x).abs(), axis_name="i")(points)
+        tensor([[0., 1., 4.],
+                [1., 0., 3.],
+                [4., 3., 0.]])
+
+    Source: ``jax.lax.all_gather``.
+    """
+    if to != "varying":
+        raise UnsupportedOperationError(f"all_gather has to='varying' only, but to is {to!r}: other values concern devices.")
+    frames = _frames(axis_name, "all_gather")
+    _no_groups(axis_index_groups, "all_gather")
+    if not frames:
+        return x
+
+    def gather(value: _Tensor) -> _Tensor:
+        at = _axis(axis, "axis", value, value.dim() + (not tiled), "all_gather")
+        full = _everyone(value, frames).movedim(0, at)
+        return _steps().copy(full.flatten(at, at + 1) if tiled else full)
+
+    return _map(gather, x, "all_gather")
+
+
+def all_to_all(
+    x: Any, axis_name: Any, split_axis: int, concat_axis: int, *, axis_index_groups: _Groups = None, tiled: bool = False
+) -> Any:
+    """Exchange parts: sample ``i`` gets part number ``i`` of every sample.
+
+    Shapes: with ``n`` samples, ``split_axis=0`` and ``concat_axis=1``, ``[n, a] -> [a, n]``; with ``tiled=True``,
+    ``[n * k, a] -> [k, n * a]``.
+
+    Args:
+        x: a tensor, an array or a tree of them.
+        axis_name: the name of the axis; of a tuple of names, the last one varies fastest.
+        split_axis: which axis of ``x`` holds the parts.
+        concat_axis: where the samples that the parts come from go in the result.
+        axis_index_groups: not available under ``vmap``, in JAX neither.
+        tiled: whether ``split_axis`` is cut into ``n`` pieces that are concatenated along ``concat_axis``; otherwise it has
+            size ``n`` and goes, and ``concat_axis`` is new.
+
+    Returns:
+        A tree like ``x``.
+
+    Raises:
+        AxisNameError: no enclosing ``vmap`` has the name, or it has a ``chunk_size`` that cuts the axis up.
+        AxisError: an axis is out of bounds, the size of ``split_axis`` does not fit, or a name is given twice.
+        UnsupportedOperationError: ``axis_index_groups`` is given.
+
+    Example:
+        >>> import torch
+        >>> from torchbatch import lax, vmap
+        >>> rows = torch.tensor([[1, 2], [3, 4]])
+        >>> vmap(lambda row: lax.all_to_all(row, "i", 0, 0), axis_name="i")(rows)
+        tensor([[1, 3],
+                [2, 4]])
+
+    Source: ``jax.lax.all_to_all``.
+    """
+    return _all_to_all(x, axis_name, (split_axis, concat_axis), axis_index_groups, tiled, "all_to_all")
+
+
+def pswapaxes(x: Any, axis_name: Any, axis: int, *, axis_index_groups: _Groups = None) -> Any:
+    """Exchange a named axis with an axis of ``x`` of the same size.
+
+    Shapes: with ``n`` samples and ``axis=0``, ``[n, a] -> [n, a]``: the first axis counts the samples afterwards.
+
+    Args:
+        x: a tensor, an array or a tree of them.
+        axis_name: the name of the axis, or a tuple of names.
+        axis: which axis of ``x``.
+        axis_index_groups: not available under ``vmap``, in JAX neither.
+
+    Returns:
+        A tree like ``x``.
+
+    Raises:
+        AxisNameError, AxisError, UnsupportedOperationError: as in :func:`all_to_all`.
+
+    Example:
+        >>> import torch
+        >>> from torchbatch import lax, vmap
+        >>> vmap(lambda row: lax.pswapaxes(row, "i", 0), axis_name="i")(torch.tensor([[1, 2], [3, 4]]))
+        tensor([[1, 3],
+                [2, 4]])
+
+    Source: ``jax.lax.pswapaxes``.
+    """
+    return _all_to_all(x, axis_name, (axis, axis), axis_index_groups, False, "pswapaxes")
+
+
+def psum_scatter(
+    x: Any, axis_name: Any, *, scatter_dimension: int = 0, axis_index_groups: _Groups = None, tiled: bool = False
+) -> Any:
+    """The sum over all samples of a named axis, of which sample ``i`` keeps part number ``i``.
+
+    Shapes: with ``n`` samples and ``scatter_dimension=0``, ``[n, a] -> [a]``; with ``tiled=True``, ``[n * k, a] -> [k, a]``.
+
+    Args:
+        x: a tensor, an array or a tree of them.
+        axis_name: the name of the axis; of a tuple of names, the last one varies fastest.
+        scatter_dimension: which axis of ``x`` holds the parts.
+        axis_index_groups: not available under ``vmap``, in JAX neither.
+        tiled: whether ``scatter_dimension`` is cut into ``n`` pieces; otherwise it has size ``n`` and goes.
+
+    Returns:
+        A tree like ``x``.
+
+    Raises:
+        AxisNameError: no enclosing ``vmap`` has the name, or it has a ``chunk_size`` that cuts the axis up.
+        AxisError: ``scatter_dimension`` is out of bounds or its size does not fit, or a name is given twice.
+        UnsupportedOperationError: ``axis_index_groups`` is given.
+
+    Example:
+        >>> import torch
+        >>> from torchbatch import lax, vmap
+        >>> vmap(lambda row: lax.psum_scatter(row, "i"), axis_name="i")(torch.tensor([[1, 2], [3, 4]]))
+        tensor([4, 6])
+
+    Source: ``jax.lax.psum_scatter``.
+    """
+    frames = _frames(axis_name, "psum_scatter")
+    _no_groups(axis_index_groups, "psum_scatter")
+    if not frames:
+        return x
+
+    def scatter(value: _Tensor) -> _Tensor:
+        at = _axis(scatter_dimension, "scatter_dimension", value, value.dim(), "psum_scatter")
+        return _own(_parts(_total(value, frames), at, frames, tiled, "psum_scatter", "scatter_dimension"), frames)
+
+    return _map(scatter, x, "psum_scatter")
+
+
+def ppermute(x: Any, axis_name: Any, perm: Sequence[tuple[int, int]]) -> Any:
+    """Send the values of samples to other samples.
+
+    Shapes: ``[a] -> [a]``.
+
+    Args:
+        x: a tensor, an array, a number or a tree of them.
+        axis_name: the name of the axis; of a tuple of names, the last one varies fastest.
+        perm: pairs ``(source, destination)``, no source and no destination twice. A sample that is no destination gets zeros.
+
+    Returns:
+        A tree like ``x``.
+
+    Raises:
+        AxisNameError: no enclosing ``vmap`` has the name, or it has a ``chunk_size`` that cuts the axis up.
+        AxisError: ``perm`` has a number out of bounds, or a source or destination twice; or a name is given twice.
+
+    Example:
+        >>> import torch
+        >>> from torchbatch import lax, vmap
+        >>> around = [(0, 1), (1, 2), (2, 0)]
+        >>> vmap(lambda x: lax.ppermute(x, "i", around), axis_name="i")(torch.tensor([1, 2, 3]))
+        tensor([3, 1, 2])
+
+    Source: ``jax.lax.ppermute``. JAX's ``vmap`` takes only permutations of all samples; zeros are what JAX gives elsewhere.
+    """
+    frames = _frames(axis_name, "ppermute")
+    sources = _sources(perm, _size(frames))
+    return _map(lambda value: _moved(value, sources, frames), x, "ppermute")
+
+
+def pshuffle(x: Any, axis_name: Any, perm: Sequence[int]) -> Any:
+    """Give sample ``i`` the value of sample ``perm[i]``.
+
+    Shapes: ``[a] -> [a]``.
+
+    Args:
+        x: a tensor, an array, a number or a tree of them.
+        axis_name: the name of the axis; of a tuple of names, the last one varies fastest.
+        perm: the numbers of all samples, each once.
+
+    Returns:
+        A tree like ``x``.
+
+    Raises:
+        AxisNameError: no enclosing ``vmap`` has the name, or it has a ``chunk_size`` that cuts the axis up.
+        AxisError: ``perm`` does not hold every number once; or a name is given twice.
+
+    Example:
+        >>> import torch
+        >>> from torchbatch import lax, vmap
+        >>> vmap(lambda x: lax.pshuffle(x, "i", [2, 0, 1]), axis_name="i")(torch.tensor([1, 2, 3]))
+        tensor([3, 1, 2])
+
+    Source: ``jax.lax.pshuffle``.
+    """
+    frames = _frames(axis_name, "pshuffle")
+    size = _size(frames)
+    sources = [operator.index(source) for source in perm]
+    if sorted(sources) != list(range(size)):
+        raise AxisError(f"pshuffle needs a perm that holds each number from 0 to {size - 1} once, but it is {list(perm)!r}.")
+    return _map(lambda value: _moved(value, sources, frames), x, "pshuffle")
+
+
+def axis_index(axis_name: Any) -> torch.Tensor:
+    """The number of the sample along a named axis, from 0.
+
+    Shapes: ``[]``, different for each sample.
+
+    Args:
+        axis_name: the name of the axis; of a tuple of names, the last one varies fastest.
+
+    Returns:
+        An int64 tensor, on the device of the values that are mapped.
+
+    Raises:
+        AxisNameError: no enclosing ``vmap`` has the name, or it has a ``chunk_size`` that cuts the axis up.
+        AxisError: a name is given twice.
+
+    Example:
+        >>> import torch
+        >>> from torchbatch import lax, vmap
+        >>> vmap(lambda x: x * lax.axis_index("i"), axis_name="i")(torch.tensor([5, 5, 5]))
+        tensor([ 0,  5, 10])
+
+    Source: ``jax.lax.axis_index``, which returns an int32.
+    """
+    steps = _steps()
+    index = None
+    for _, size, level, values in _frames(axis_name, "axis_index"):
+        number = steps.number(level, size, _device(values))
+        index = number if index is None else index * size + number
+    return torch.tensor(0) if index is None else index
+
+
+def axis_size(axis_name: Any) -> int:
+    """The number of samples along a named axis.
+
+    Args:
+        axis_name: the name of the axis; of a tuple of names, the product of the sizes.
+
+    Returns:
+        A Python int.
+
+    Raises:
+        AxisNameError: no enclosing ``vmap`` has the name, or it has a ``chunk_size`` that cuts the axis up.
+        AxisError: a name is given twice.
+
+    Example:
+        >>> import torch
+        >>> from torchbatch import lax, vmap
+        >>> vmap(lambda x: x / lax.axis_size("i"), axis_name="i")(torch.tensor([3.0, 6.0, 9.0]))
+        tensor([1., 2., 3.])
+
+    Source: ``jax.lax.axis_size``.
+    """
+    return _size(_frames(axis_name, "axis_size"))
+
+
+# --- names and options -----------------------------------------------------------------------------------------------
+
+
+def _frames(axis_name: Any, who: str) -> list[AxisFrame]:
+    """The frames of the axes that are named."""
+    names = list(axis_name) if isinstance(axis_name, tuple | list) else [axis_name]
+    for place, name in enumerate(names):
+        if isinstance(name, int):
+            raise AxisSpecError(
+                f"{who} takes names that vmap was given as axis_name, but it got the int {name}, which stands for an axis of the "
+                "tensor in JAX. Reduce or move that one with the functions of torch."
+            )
+        if name in names[:place]:
+            raise AxisError(f"{who} got the axis {name!r} twice, at places {names.index(name)} and {place} of {axis_name!r}.")
+    return [find(name, who) for name in names]
+
+
+def _size(frames: list[AxisFrame]) -> int:
+    size = 1
+    for frame in frames:
+        size = size * frame[1]
+    return size
+
+
+def _device(values: Sequence[Any]) -> torch.device | None:
+    for value in values:
+        if isinstance(value, _Tensor):
+            return value.device
+    return None
+
+
+def _group_size(x: Any, frames: list[AxisFrame], groups: _Groups, who: str) -> int:
+    """How many samples a reduction is over."""
+    if groups is None:
+        return _size(frames)
+    members = [member for group in groups for member in group]
+    if sorted(members) != list(range(_size(frames))) or len({len(group) for group in groups}) > 1:
+        raise AxisError(
+            f"{who} needs axis_index_groups of one size that hold each number from 0 to {_size(frames) - 1} once, but they are "
+            f"{groups!r}."
+        )
+    if not all(isinstance(leaf, bool | int | float | complex) for leaf in tree.flatten(x)[0]):
+        _no_groups(groups, who)
+    return len(groups[0]) if groups else 0
+
+
+def _no_groups(groups: _Groups, who: str) -> None:
+    if groups is not None:
+        raise UnsupportedOperationError(
+            f"{who} has no axis_index_groups under vmap, in JAX neither. Map over two axes, one for the groups and one for "
+            "their members, and name only the members' axis."
+        )
+
+
+def _axis(axis: Any, what: str, value: _Tensor, rank: int, who: str) -> int:
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise AxisSpecError(f"{who} needs an int for {what}, but it is {shown(axis)}.")
+    if not -rank <= axis < rank:
+        raise AxisError(
+            f"{who} got {what}={axis} for {describe(value)}, where it runs over [-{rank}, {rank})"
+            + (": there is no axis to choose." if rank == 0 else ".")
+        )
+    return axis % rank
+
+
+def _sources(perm: Sequence[tuple[int, int]], size: int) -> list[int]:
+    """The source of each sample, by number; ``size`` where it has none."""
+    sources = [size] * size
+    for pair in perm:
+        source, destination = [_number(end, size, pair) for end in pair]
+        if source in sources or sources[destination] != size:
+            twice = f"source {source}" if source in sources else f"destination {destination}"
+            raise AxisError(f"ppermute needs a perm with each source and each destination once, but {twice} is there twice: {perm!r}.")
+        sources[destination] = source
+    return sources
+
+
+def _number(end: Any, size: int, pair: tuple[int, int]) -> int:
+    number = operator.index(end)
+    if not -size <= number < size:
+        raise AxisError(f"ppermute got the pair {tuple(pair)!r} in perm, but there are {size} samples: they run from 0 to {size - 1}.")
+    return number % size
+
+
+# --- trees -----------------------------------------------------------------------------------------------------------
+
+
+def _map(
+    function: Callable[[_Tensor], _Tensor], x: Any, who: str, of_number: Callable[[Any], Any] | None = None
+) -> Any:
+    """``function`` over the tensors and arrays in ``x``, and ``of_number``, if given, over its Python numbers."""
+
+    def one(leaf: Any) -> Any:
+        if of_number is not None and isinstance(leaf, bool | int | float | complex):
+            return of_number(leaf)
+        if isinstance(leaf, EscapedTensor):
+            raise EscapedValueError(f"{who} got a per-sample value that escaped from a vmap that has finished.")
+        value = as_tensor(leaf)
+        if value is None:
+            raise InputTypeError(f"{who} takes tensors, arrays, numbers and trees of them, but it got {shown(leaf)}.")
+        return function(value)
+
+    if isinstance(x, _Tensor):
+        return one(x)
+    return traced.map_leaves(one, x) if _is_compiling() else tree.map_leaves(one, x)
+
+
+# --- the samples of several axes -------------------------------------------------------------------------------------
+
+
+def _steps() -> Any:
+    """The functions that look across one level."""
+    if _is_compiling():
+        from torchbatch._torch import in_graph  # loads the compiler, which takes a second
+
+        return in_graph
+    return across
+
+
+def _total(value: _Tensor, frames: list[AxisFrame]) -> _Tensor:
+    for _, size, level, _ in frames:
+        value = _steps().total(value, level, size)
+    return value
+
+
+def _everyone(value: _Tensor, frames: list[AxisFrame]) -> _Tensor:
+    """The values of all samples along a new first axis; the last frame varies fastest."""
+    for _, size, level, _ in frames[::-1]:
+        value = _steps().gather(value, level, size)
+    if len(frames) == 1:
+        return value
+    return value.flatten(0, len(frames) - 1) if frames else value.unsqueeze(0)
+
+
+def _own(full: _Tensor, frames: list[AxisFrame]) -> _Tensor:
+    """What each sample finds at its number along the first axis."""
+    if len(frames) != 1:
+        full = full.unflatten(0, [frame[1] for frame in frames]) if frames else full.squeeze(0)
+    for _, size, level, _ in frames:
+        full = _steps().own(full, level, size)
+    return full
+
+
+def _extreme(x: Any, axis_name: Any, groups: _Groups, who: str, reduce: Callable[..., _Tensor]) -> Any:
+    frames = _frames(axis_name, who)
+    _group_size(x, frames, groups, who)
+
+    def extreme(value: _Tensor) -> _Tensor:
+        for _, size, level, _ in frames:
+            full = _steps().gather(value, level, size)
+            value = reduce(full, 0) if size else _extreme_of_none(full, who == "pmin")
+        return value
+
+    return _map(extreme, x, who, lambda number: number)
+
+
+def _extreme_of_none(full: _Tensor, greatest: bool) -> _Tensor:
+    """What the extreme of no values at all is."""
+    dtype = full.dtype
+    if dtype is torch.bool:
+        bound: Any = greatest
+    elif dtype.is_floating_point:
+        bound = math.inf if greatest else -math.inf
+    else:
+        bound = torch.iinfo(dtype).max if greatest else torch.iinfo(dtype).min
+    return torch.full(full.shape[1:], bound, dtype=dtype, device=full.device)
+
+
+def _parts(full: _Tensor, at: int, frames: list[AxisFrame], tiled: bool, who: str, what: str, offset: int = 0) -> _Tensor:
+    """The parts along axis ``at``, one per sample, along the first axis."""
+    size, axis_names = _size(frames), " and ".join(repr(frame[0]) for frame in frames)
+    length = full.shape[at]
+    if not tiled and length == size:
+        return full.movedim(at, 0)
+    if tiled and size and length % size == 0:
+        return full.unflatten(at, (size, length // size)).movedim(at, 0)
+    need = f"a multiple of {size}" if tiled else f"of size {size}"
+    raise AxisError(
+        f"{who} deals out {what}={at - offset}, which must be {need}, the number of samples of {axis_names}, but it has size "
+        f"{length}."
+    )
+
+
+def _all_to_all(x: Any, axis_name: Any, axes: tuple[int, int], groups: _Groups, tiled: bool, who: str) -> Any:
+    frames = _frames(axis_name, who)
+    _no_groups(groups, who)
+    split_name, concat_name = ("axis", "axis") if who == "pswapaxes" else ("split_axis", "concat_axis")
+
+    def exchange(value: _Tensor) -> _Tensor:
+        split = _axis(axes[0], split_name, value, value.dim(), who)
+        concat = _axis(axes[1], concat_name, value, value.dim(), who)
+        parts = _parts(_everyone(value, frames), split + 1, frames, tiled, who, split_name, offset=1)
+        mine = _own(parts, frames).movedim(0, concat)
+        return _steps().copy(mine.flatten(concat, concat + 1) if tiled else mine)
+
+    return _map(exchange, x, who)
+
+
+def _moved(value: _Tensor, sources: list[int], frames: list[AxisFrame]) -> _Tensor:
+    full = _everyone(value, frames)
+    if len(sources) in sources:
+        full = torch.nn.functional.pad(full, [0, 0] * (full.dim() - 1) + [0, 1])
+    return _own(full[sources], frames)
