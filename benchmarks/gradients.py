@@ -16,10 +16,8 @@ import torch
 from side_by_side import Call
 
 import torchbatch
-from torchbatch.transforms import grad as ours
-from torchbatch.transforms import jacobian
 
-theirs = torch.func
+ours, theirs = torchbatch, torch.func
 
 
 class Row(NamedTuple):
@@ -96,9 +94,9 @@ def with_trees(x: torch.Tensor, device: str) -> list[Row]:
 def jacobians(x: torch.Tensor) -> list[Row]:
     """First derivatives of each output, second derivatives."""
     return [
-        made("jacrev", jacobian.jacrev(cubes), theirs.jacrev(cubes), x),
-        made("jacfwd", jacobian.jacfwd(cubes), theirs.jacfwd(cubes), x),
-        made("hessian", jacobian.hessian(lambda v: cubes(v).sum()), theirs.hessian(lambda v: cubes(v).sum()), x),
+        made("jacrev", ours.jacrev(cubes), theirs.jacrev(cubes), x),
+        made("jacfwd", ours.jacfwd(cubes), theirs.jacfwd(cubes), x),
+        made("hessian", ours.hessian(lambda v: cubes(v).sum()), theirs.hessian(lambda v: cubes(v).sum()), x),
     ]
 
 
@@ -106,7 +104,7 @@ def mapped(matrix: torch.Tensor) -> list[Row]:
     """Per-example gradients."""
     return [
         made("vmap(grad(f))", torchbatch.vmap(ours.grad(square)), theirs.vmap(theirs.grad(square)), matrix),
-        made("vmap(jacrev(f))", torchbatch.vmap(jacobian.jacrev(cubes)), theirs.vmap(theirs.jacrev(cubes)), matrix),
+        made("vmap(jacrev(f))", torchbatch.vmap(ours.jacrev(cubes)), theirs.vmap(theirs.jacrev(cubes)), matrix),
     ]
 
 

@@ -316,8 +316,8 @@ RETURNED = {
     ),
     "a scalar out of bounds": (
         returns(lambda x: {"a": [x.sum()]}, -2), AxisError,
-        "out_axes is -2 for the output of fun at ['a'][0], but with the mapped axis it has 1 dimension (one sample is float32[]): axes "
-        "run over [-1, 1).",
+        "out_axes is -2 for the output of fun at ['a'][0], but with the mapped axis it has 1 dimension (one sample is "
+        "float32[]): axes run over [-1, 1).",
     ),
     "no prefix": (
         returns(lambda x: x, (0, 0)), AxisError,

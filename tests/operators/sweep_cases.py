@@ -83,7 +83,7 @@ def _raw_samples(op: Any, dtype: torch.dtype, seed: int, limit: int) -> list[Any
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return list(itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=False), 20 * limit))
+        return list(itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=False), 10 * limit))
 
 
 def _spread(count: int, limit: int) -> list[int]:

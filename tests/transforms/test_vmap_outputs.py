@@ -271,6 +271,12 @@ def test_rule_09_sum_match_sums_what_varies(agree):
     agree(lambda x: x, (X * 4).astype(np.complex64), out_axes=None, sum_match=True)
 
 
+def test_rule_09_samples_that_are_alike_by_chance_vary_too(agree):
+    ones = np.ones((3, 2), np.float32)
+    agree(double, ones, out_axes=None, error=UnmappedOutputError)
+    agree(double, ones, out_axes=None, sum_match=True)
+
+
 def test_rule_09_sum_match_leaves_what_does_not_vary(agree):
     agree(lambda x, y: (x, y * 2, 3.0), X, ROW, in_axes=(0, None), out_axes=None, sum_match=True)
     agree(lambda x, y: (x, y, 3.0), X, ROW, in_axes=(0, None), out_axes=0, sum_match=True)
@@ -279,6 +285,15 @@ def test_rule_09_sum_match_leaves_what_does_not_vary(agree):
 @pytest.mark.parametrize("size", [0, 1])
 def test_rule_09_sum_match_over_small_batches(agree, size):
     agree(double, X[:size], out_axes=None, sum_match=True)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 4])
+def test_rule_09_sum_match_in_chunks(chunk_size):
+    options = {"in_axes": (0, None), "out_axes": (None, None, 1), "sum_match": True, "chunk_size": chunk_size}
+    found = vmap(lambda x, y: (x * 2, y * 2, x), **options)(X, torch.tensor(ROW))
+    expected = loop(lambda x, y: (x * 2, y * 2, x), **options)(X, torch.tensor(ROW))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_rule_09_sum_match_counts_as_a_truth_value():

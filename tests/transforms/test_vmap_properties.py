@@ -189,6 +189,7 @@ class Case(NamedTuple):
     size: int
     give_size: bool
     as_numpy: bool
+    chunk_size: int | None = None
 
     def sound(self) -> Case:
         """The same call, of a function that never fails."""
@@ -196,7 +197,8 @@ class Case(NamedTuple):
 
     def thunk(self, lib: Any) -> Any:
         size = {"axis_size": self.size} if self.give_size else {}
-        mapped = lib.vmap(function_of(self.plan), in_axes=self.in_axes, out_axes=self.out_axes, **size)
+        chunk = {} if lib.name == "JAX" else {"chunk_size": self.chunk_size}
+        mapped = lib.vmap(function_of(self.plan), in_axes=self.in_axes, out_axes=self.out_axes, **size, **chunk)
         keep = self.as_numpy and lib.name != "JAX"
         args, kwargs = (self.args, self.kwargs) if keep else (lib.tree(self.args), lib.tree(self.kwargs))
         return mapped(*args, **kwargs)
@@ -213,7 +215,8 @@ def cases(draw: Any, dtypes: list[str] = DTYPES) -> Case:
         str(leaf.dtype) for leaf in leaves(kwargs)
     }
     output = output_plan(draw)
-    return Case(output.plan, tuple(e.value for e in entries), kwargs, axes, output.axes, size, draw(st.booleans()), as_numpy)
+    args, chunk = tuple(entry.value for entry in entries), draw(st.sampled_from([None, None, 1, 2]))
+    return Case(output.plan, args, kwargs, axes, output.axes, size, draw(st.booleans()), as_numpy, chunk)
 
 
 @examples(150)

@@ -13,6 +13,7 @@ Private names used: those of :mod:`torchbatch._torch.levels`, :mod:`torchbatch._
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -54,6 +55,12 @@ def number(level: int, size: int, device: torch.device | None) -> torch.Tensor:
     return result
 
 
+def pick(full: torch.Tensor, places: list[int]) -> torch.Tensor:
+    """The entries of ``full`` at these places of its first axis, in a tensor of its own."""
+    result: torch.Tensor = overlay.call(operator.getitem, (full, places), {})
+    return result
+
+
 def copy(x: torch.Tensor) -> torch.Tensor:
     """A copy, so that what is written into the result of a look does not reach what was looked at."""
     return overlay.call(torch.clone, (x,), {}) if overlay.is_traced() else x.clone()
@@ -74,8 +81,8 @@ class _Gather(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int, None, None], x: torch.Tensor, level: int, size: int) -> tuple[Any, Any]:
         values = x.movedim(in_dims[0], 0)
         if levels.depth() + 1 == level:
-            return values, None
-        return gather(values, level, size), 1
+            return values.contiguous(), None  # forward mode wants each element in a place of its own
+        return gather(values, level, size).contiguous(), 1
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:

@@ -35,8 +35,11 @@ def _local_result(operator: overlay.Operator) -> overlay.Operator:
         result = operator(*args, **kwargs)
         if any(True for _ in levels.batch_levels(result)) or (not result.dim() and _is_deepcopy()):
             return result
-        return _with_room(result) if overlay.is_traced() else local.adopt(result)
+        if not overlay.is_traced():
+            return local.adopt(result)
+        return result if is_constant else _with_room(result)
 
+    is_constant = operator.__name__ == "lift_fresh"  # torch.tensor detaches what it makes, which a tensor with room refuses
     return kernel
 
 

@@ -28,8 +28,13 @@ def _number(level: int, size: int, device: torch.device | None) -> torch.Tensor:
     return across.number(level, size, device)
 
 
+def _pick(full: torch.Tensor, places: list[int]) -> torch.Tensor:
+    return across.pick(full, places)
+
+
 def _copy(x: torch.Tensor) -> torch.Tensor:
     return across.copy(x)
 
 
-gather, total, own, number, copy = map(torch.compiler.allow_in_graph, (_gather, _total, _own, _number, _copy))
+_steps = (_gather, _total, _own, _number, _pick, _copy)
+gather, total, own, number, pick, copy = map(torch.compiler.allow_in_graph, _steps)

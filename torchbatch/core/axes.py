@@ -155,8 +155,8 @@ def _open(prefix: Prefix, value: Any, key: int | str, fun: Any, values: list[Any
         try:
             pieces = tree.flatten_up_to(prefix.sealed, value, what=what, root="the argument")
         except AxisError:  # the name is worth looking up only now
-            tree.check_prefix(prefix.sealed, value, what=what, root=f"argument {argument_name(fun, key)}")
-            raise
+            root = f"argument {argument_name(fun, key)}"
+            raise AxisError(tree.prefix_mismatch(prefix.sealed, value, what=what, root=root)) from None
     structures: list[tree.TreeDef | None] = []
     for piece, axis in zip(pieces, prefix.axes, strict=True):
         if axis is None:

@@ -616,4 +616,4 @@ def _moved(value: _Tensor, sources: list[int], frames: list[AxisFrame]) -> _Tens
     full = _everyone(value, frames)
     if len(sources) in sources:
         full = torch.nn.functional.pad(full, [0, 0] * (full.dim() - 1) + [0, 1])
-    return _own(full[sources], frames)
+    return _own(_steps().pick(full, sources), frames)

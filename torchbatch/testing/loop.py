@@ -46,7 +46,7 @@ def loop(
     Arguments and exceptions are those of :func:`torchbatch.vmap`. Shapes: ``fun : [a] -> [b]`` becomes
     ``loop(fun) : [n, a] -> [n, b]``. What a loop can only find out from values:
 
-    - An output *varies* if its values differ between samples. For a batch of one or none, and where ``out_axes`` has a
+    - An output *varies* if its values differ between samples. Samples may be alike by chance: where ``out_axes`` has a
       None, ``fun`` is therefore called once more, on other numbers.
     - An empty batch has no sample, so ``fun`` is called on zeros to learn what it returns.
     - A write into an unmapped tensor is an error if the samples write different values. Otherwise it counts once.
@@ -87,7 +87,7 @@ def loop(
         call = _Call(fun, arguments, len(args), kwargs, randomness)
         outputs = call.run(size)
         aside = [] if size else [_zeros]
-        if size < 2 and _has_none(out_spec):
+        if _has_none(out_spec):
             aside.append(_other_numbers)
         return _joined(outputs, call.run_aside(aside) if aside else [], out_spec, bool(sum_match))
 

@@ -13,10 +13,10 @@ from torchbatch._torch import escape, explain, traced
 from torchbatch._torch import factories as factories
 from torchbatch._torch.escape import counts, deaths
 from torchbatch.core import axes as axes_
-from torchbatch.core import batch, chunks
+from torchbatch.core import batch, chunks, empty
 from torchbatch.core.axes import Axis
-from torchbatch.core.frames import Part, in_scope
 from torchbatch.core.describe import function_name, shown
+from torchbatch.core.frames import Part, in_scope
 from torchbatch.core.outputs import OutAxes
 from torchbatch.core.wrapper import Wrapper
 from torchbatch.core.writes import may_write
@@ -123,7 +123,7 @@ class Vmapped(Wrapper):
         try:
             axes = self._plain_axes if self._every_axis is None else (self._every_axis,) * len(args)
             size = None if kwargs else _plain_size(args, axes)
-            if size is None:
+            if not size:  # not known, or an empty batch
                 result, new = self._general(args, kwargs)
             else:
                 result, new = batch.run(
@@ -153,6 +153,8 @@ class Vmapped(Wrapper):
             return chunks.run(
                 call, mapped, size, self._chunk_size, self._name, self._randomness, self._out, bool(self._writes)
             )
+        if size == 0 and self._name is None:
+            return empty.run(call, mapped, self._randomness, self._out, bool(self._writes))
         return batch.run(
             call, mapped.values, mapped.axes, size, self._name, self._randomness, self._finish, self._writes
         )
