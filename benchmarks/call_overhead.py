@@ -41,7 +41,8 @@ def rows(device: str) -> list[Row]:
         row("two arguments", lambda a, b: a + b, (x, x), 0, lambda a, b: a + b, 1),
         row("last axis", lambda v: v.sum(), (matrix,), -1, lambda v: v.sum(0), 1),
         row("a dict returned", lambda v: {"a": v, "b": v + 1}, (x,), 0, lambda v: {"a": v, "b": v + 1}, 1),
-        row("gradient", torch.func.grad(lambda v: (v * v).sum()), (matrix,), 0, lambda v: 2 * v, 1),
+        row("torch.func's gradient", torch.func.grad(lambda v: (v * v).sum()), (matrix,), 0, lambda v: 2 * v, 1),
+        gradient(matrix),
         nested(matrix),
         made_anew(x),
     ]
@@ -52,6 +53,16 @@ def row(name: str, fun: Callable[..., Any], args: Any, axes: Any, by_hand: Calla
     ours = torchbatch.vmap(fun, in_axes=axes)
     theirs = torch.func.vmap(fun, in_dims=axes)
     return Row(name, lambda: ours(*args), lambda: theirs(*args), lambda: by_hand(*args), at_least)
+
+
+def gradient(matrix: torch.Tensor) -> Row:
+    """Each its own ``grad``."""
+
+    def loss(v: torch.Tensor) -> torch.Tensor:
+        return (v * v).sum()
+
+    ours, theirs = torchbatch.vmap(torchbatch.grad(loss)), torch.func.vmap(torch.func.grad(loss))
+    return Row("gradient", lambda: ours(matrix), lambda: theirs(matrix), lambda: 2 * matrix, 1)
 
 
 def nested(matrix: torch.Tensor) -> Row:

@@ -18,10 +18,12 @@ MAKERS = {
     "tensor": lambda x: torch.tensor([1.0, 2, 3, 4]), "new_zeros": lambda x: x.new_zeros(4), "new_ones": lambda x: x.new_ones(4),
     "new_full": lambda x: x.new_full((4,), 3.0), "new_tensor": lambda x: x.new_tensor([1.0, 2, 3, 4]),
     "zeros_like": lambda x: torch.zeros_like(x), "ones_like": lambda x: torch.ones_like(x),
-    "full_like": lambda x: torch.full_like(x, 2), "clone": lambda x: OUTSIDE.clone(), "hann_window": lambda x: torch.hann_window(4),
-    "tril_indices": lambda x: torch.tril_indices(2, 4)[0].float()[:4], "vander": lambda x: torch.vander(OUTSIDE)[0],
+    "full_like": lambda x: torch.full_like(x, 2), "clone": lambda x: OUTSIDE.clone(),
+    "hann_window": lambda x: torch.hann_window(4),
+    "tril_indices": lambda x: torch.tril_indices(3, 3)[0].float()[:4], "vander": lambda x: torch.vander(OUTSIDE)[0],
     "like a constant": lambda x: torch.zeros_like(OUTSIDE), "empty_permuted": lambda x: torch.empty_permuted((4,), (0,)).fill_(1),
-    "range": lambda x: torch.range(1, 4), "kaiser_window": lambda x: torch.kaiser_window(4), "scalar_tensor": lambda x: torch.ones(()).repeat(4),
+    "range": lambda x: torch.range(1, 4), "kaiser_window": lambda x: torch.kaiser_window(4),
+    "scalar_tensor": lambda x: torch.ones(()).repeat(4),
     "list": lambda x: torch.as_tensor([1.0, 2.0, 3.0, 4.0]), "stack": lambda x: torch.stack([torch.zeros(())] * 4),
 }  # fmt: skip
 OUTSIDE = torch.arange(4.0)

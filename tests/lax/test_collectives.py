@@ -23,9 +23,7 @@ jax = pytest.importorskip("jax")
 RNG = np.random.default_rng(0)
 TRANSFORMS = ("vmap", "grad", "jvp", "jacrev", "jacfwd", "hessian")
 OURS = SimpleNamespace(lax=lax, np=torch, array=torch.tensor, **{name: getattr(torchbatch, name) for name in TRANSFORMS})
-THEIRS = SimpleNamespace(
-    lax=jax.lax, np=jax.numpy, array=jax.numpy.asarray, **{name: getattr(jax, name) for name in TRANSFORMS}
-)
+THEIRS = SimpleNamespace(lax=jax.lax, np=jax.numpy, array=jax.numpy.asarray, **{name: getattr(jax, name) for name in TRANSFORMS})
 
 
 def data(*shape):
@@ -132,7 +130,12 @@ def test_rule_11_mapped_at_some_levels(function, names):
         part = x[tuple(slice(None) if axis == 0 else 0 for axis in (outside, inside))]
 
         def thunk(lib, part=part, outside=outside, inside=inside):
-            fun = nested(lib, lambda v: FUNCTIONS[function](lib.lax, varied(lib, function, v, names), names, n), outside=outside, inside=inside)
+            fun = nested(
+                lib,
+                lambda v: FUNCTIONS[function](lib.lax, varied(lib, function, v, names), names, n),
+                outside=outside,
+                inside=inside,
+            )
             return fun(lib.array(part))
 
         agree(thunk)
@@ -156,9 +159,7 @@ def test_rule_11_trees_with_mapped_and_unmapped_leaves(function):
 @pytest.mark.parametrize("function", ["psum", "all_gather", "psum_scatter", "ppermute"])
 def test_rule_11_axes(function, in_axes, out_axes):
     x = data(3, 3, 3)
-    agree(
-        lambda lib: lib.vmap(lambda v: FUNCTIONS[function](lib.lax, v, "i", 3), in_axes, out_axes, axis_name="i")(lib.array(x))
-    )
+    agree(lambda lib: lib.vmap(lambda v: FUNCTIONS[function](lib.lax, v, "i", 3), in_axes, out_axes, axis_name="i")(lib.array(x)))
 
 
 @pytest.mark.parametrize("function", ["psum", "pmean", "pmax", "pmin"])
@@ -166,7 +167,11 @@ def test_rule_11_axes(function, in_axes, out_axes):
 def test_rule_11_dtypes(function, dtype):
     x = np.asarray(X > 0 if dtype == "bool" else X * 10).astype(dtype)
     for axes in (0, None):
-        ours = agree(lambda lib, a=axes: lib.vmap(lambda v: getattr(lib.lax, function)(v, "i"), a, axis_name="i", axis_size=3)(lib.array(x)))
+        ours = agree(
+            lambda lib, a=axes: lib.vmap(lambda v: getattr(lib.lax, function)(v, "i"), a, axis_name="i", axis_size=3)(
+                lib.array(x)
+            )
+        )
         if dtype != "bool" and function != "pmean":
             assert ours.dtype == torch.tensor(x).dtype
 
@@ -265,7 +270,9 @@ def test_ppermute_gives_zeros_where_nothing_is_sent():
     assert torch.equal(result, torch.stack([x[2], torch.zeros(4), x[0]]))
     nan = torch.full((3, 4), math.nan)
     assert torch.equal(over_i(lambda v: lax.ppermute(v, "i", []), nan), torch.zeros(3, 4))
-    assert torch.equal(over_i(lambda v: lax.ppermute(v, "i", [(0, 1)]), torch.tensor([True, True, True])), torch.tensor([False, True, False]))
+    assert torch.equal(
+        over_i(lambda v: lax.ppermute(v, "i", [(0, 1)]), torch.tensor([True, True, True])), torch.tensor([False, True, False])
+    )
 
 
 @pytest.mark.parametrize("function", ["psum", "pmean", "pmax", "pmin", "all_gather"])
@@ -498,7 +505,7 @@ def compiled(fun):
 
 def every_function(v):
     found = [function(lax, v, "i", 3) for name, function in FUNCTIONS.items() if "parts" not in name]
-    return found + [lax.ppermute(v, "i", [(0, 1)]), lax.psum({"a": v, "n": None, "one": 1}, "i"), lax.axis_index("i")]
+    return [*found, lax.ppermute(v, "i", [(0, 1)]), lax.psum({"a": v, "n": None, "one": 1}, "i"), lax.axis_index("i")]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -512,7 +519,13 @@ def test_rule_11_every_function_compiled(written):
 
 @pytest.mark.parametrize(
     ("mode", "names"),
-    [("grad inside", "inner"), ("grad inside", "outer"), ("grad between", "outer"), ("grad outside", "outer"), ("jvp inside", "outer")],
+    [
+        ("grad inside", "inner"),
+        ("grad inside", "outer"),
+        ("grad between", "outer"),
+        ("grad outside", "outer"),
+        ("jvp inside", "outer"),
+    ],
 )
 def test_rule_11_derivatives_compiled(mode, names):
     x = torch.tensor(data(3, 2, number(names), 1))
@@ -553,7 +566,9 @@ def test_signatures_are_those_of_jax():
     for name in lax.__all__:
         theirs = getattr(jax.lax, name, None)
         if theirs is not None:
-            mine, known = [{k: (p.kind, p.default) for k, p in inspect.signature(f).parameters.items()} for f in (getattr(lax, name), theirs)]
+            mine, known = [
+                {k: (p.kind, p.default) for k, p in inspect.signature(f).parameters.items()} for f in (getattr(lax, name), theirs)
+            ]
             assert mine == known or {k: v for k, v in mine.items() if k != "to"} == known
 
 
@@ -632,8 +647,8 @@ TROUBLE = {
     "all_gather(v, 'i', axis=0.5)": r"all_gather needs an int for axis, but it is 0\.5 of type float\.",
     "all_gather(v, 'i', axis=True)": r"all_gather needs an int for axis, but it is True of type bool\.",
     "all_gather(v, 'i', to='reduced')": r"all_gather has to='varying' only, but to is 'reduced'",
-    "all_to_all(v, 'i', 0, 0)": r"all_to_all deals out split_axis=0, which must be of size 3, the number of samples of 'i', .*size 4\.",
-    "all_to_all(v, 'i', -1, 0, tiled=True)": r"all_to_all deals out split_axis=0, which must be a multiple of 3, .* it has size 4\.",
+    "all_to_all(v, 'i', 0, 0)": r"all_to_all deals out split_axis=0, which must be of size 3, the number of samples of 'i', .*size 4\.",  # noqa: E501
+    "all_to_all(v, 'i', -1, 0, tiled=True)": r"all_to_all deals out split_axis=0, which must be a multiple of 3, .* it has size 4\.",  # noqa: E501
     "all_to_all(v, 'i', 1, 0)": r"all_to_all got split_axis=1 for float32\[4\], where it runs over \[-1, 1\)\.",
     "all_to_all(v[:3], 'i', 0, 1)": r"all_to_all got concat_axis=1 for float32\[3\], where it runs over \[-1, 1\)\.",
     "pswapaxes(v, 'i', 0)": r"pswapaxes deals out axis=0, which must be of size 3, the number of samples of 'i', .* size 4\.",
@@ -649,12 +664,12 @@ TROUBLE = {
     "pshuffle(v, 'i', [0, 1])": r"pshuffle needs a perm that holds each number from 0 to 2 once, but it is \[0, 1\]\.",
     "psum('v', 'i')": r"psum takes tensors, arrays, numbers and trees of them, but it got 'v' of type str\.",
     "psum({'a': [v, object]}, 'i')": r"psum takes tensors, .* but it got <class 'object'> of type type\.",
-    "psum(v, 'i', axis_index_groups=[[0, 1, 2]])": r"psum has no axis_index_groups under vmap, in JAX neither\. Map over two axes",
+    "psum(v, 'i', axis_index_groups=[[0, 1, 2]])": r"psum has no axis_index_groups under vmap, in JAX neither\. Map over two axes",  # noqa: E501
     "all_gather(v, 'i', axis_index_groups=[[0, 1, 2]])": r"all_gather has no axis_index_groups under vmap",
     "all_to_all(v, 'i', 0, 0, axis_index_groups=[[0, 1, 2]])": r"all_to_all has no axis_index_groups under vmap",
     "pswapaxes(v, 'i', 0, axis_index_groups=[[0, 1, 2]])": r"pswapaxes has no axis_index_groups under vmap",
     "psum_scatter(v, 'i', axis_index_groups=[[0, 1, 2]])": r"psum_scatter has no axis_index_groups under vmap",
-    "psum(1, 'i', axis_index_groups=[[0], [1]])": r"psum needs axis_index_groups .* each number from 0 to 2 once, but they are \[\[0\]",
+    "psum(1, 'i', axis_index_groups=[[0], [1]])": r"psum needs axis_index_groups .* each number from 0 to 2 once, but they are \[\[0\]",  # noqa: E501
     "pmax(1, 'i', axis_index_groups=[[0], [1, 2]])": r"pmax needs axis_index_groups of one size",
 }  # fmt: skip
 

@@ -178,7 +178,7 @@ def test_in_another_vmap_too(keeper):
     for use in (lambda x: x + box_tensor(box), lambda x: torch.stack([x, box_tensor(box)]), lambda x: box_tensor(box)):
         with pytest.raises(EscapedValueError):
             vmap(use)(X)
-    with pytest.raises(EscapedValueError, match="^argument x is a per-sample value that escaped from a vmap that has finished"):
+    with pytest.raises(EscapedValueError, match=r"^argument x is a per-sample value that escaped from a vmap that has finished"):
         vmap(lambda x: x)(box_tensor(box))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp
 from torch.func import vmap as tvmap
 from torch.utils.checkpoint import checkpoint
 

@@ -69,9 +69,8 @@ class LocalTensor(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _plain(self).__reduce_ex__(protocol)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        text: str = _plain(self).__repr__(tensor_contents=tensor_contents)
-        return text
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return torch.Tensor.__repr__(_plain(self), **options)
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

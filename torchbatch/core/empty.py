@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from torchbatch._torch import draws
 from torchbatch._torch.batching import made_up
 from torchbatch.core import batch
 from torchbatch.core.axes import Mapped
@@ -20,8 +21,11 @@ from torchbatch.core.outputs import OutAxes
 def run(call: Callable[..., Any], mapped: Mapped, randomness: str, out: OutAxes, writes: bool) -> tuple[Any, int]:
     """``call`` mapped over values whose mapped axes have size 0; the results, and how many are new tensors.
 
-    The axis must have no name: a collective over it would see the made-up sample.
+    The axis must have no name: a collective over it would see the made-up sample. What it draws is not drawn: the generators
+    are left as they were.
     """
+    state = draws.GeneratorState(mapped.values) if randomness != "error" else None
+
     def finish(output: Any, level: int, size: int, inputs: Sequence[Any]) -> tuple[Any, int]:
         leaves, axes, rebuild = out.open(output)
         joins = [out.join(leaf, axis, level) for leaf, axis in zip(leaves, axes, strict=True)]
@@ -39,6 +43,9 @@ def run(call: Callable[..., Any], mapped: Mapped, randomness: str, out: OutAxes,
         if "ZeroDivisionError" not in str(error):
             raise
         return attempt(1)
+    finally:
+        if state is not None:
+            state.restore()
 
 
 def _with_one_sample(value: torch.Tensor, axis: int, integer: int) -> torch.Tensor:

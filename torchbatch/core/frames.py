@@ -59,4 +59,7 @@ def _unknown_message(name: Hashable, who: str) -> str:
     known = [frame[0].name if isinstance(frame[0], Part) else frame[0] for frame in in_scope.stack]
     names = ", ".join(repr(known) for known in known if known is not None)
     scope = f"The names in scope are, from the outside in: {names}" if names else "No name is in scope"
-    return f"{who} asks for the axis {name!r}, but no vmap around it has that name. {scope}. Call it inside vmap(…, axis_name={name!r})."
+    return (
+        f"{who} asks for the axis {name!r}, but no vmap around it has that name. {scope}. "
+        f"Call it inside vmap(…, axis_name={name!r})."
+    )

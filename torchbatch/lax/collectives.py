@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from torchbatch._torch import across, traced
+from torchbatch._torch import traced
 from torchbatch._torch.escape import EscapedTensor
 from torchbatch.core import tree
 from torchbatch.core.arrays import as_tensor
 from torchbatch.core.describe import describe, shown
-from torchbatch.core.frames import AxisFrame, find
+from torchbatch.core.frames import AxisFrame
 from torchbatch.errors import AxisError, AxisSpecError, EscapedValueError, InputTypeError, UnsupportedOperationError
+from torchbatch.lax.named import device_of, everyone, frames_of, own, size_of, steps, total
 
 _Tensor = torch.Tensor
 _Groups = Sequence[Sequence[int]] | None
@@ -48,9 +49,9 @@ def psum(x: Any, axis_name: Any, *, axis_index_groups: _Groups = None) -> Any:
 
     Source: ``jax.lax.psum``. The gradient is JAX's too: the transpose of a sum over samples is a sum over samples.
     """
-    frames = _frames(axis_name, "psum")
+    frames = frames_of(axis_name, "psum")
     size = _group_size(x, frames, axis_index_groups, "psum")
-    return _map(lambda value: _total(value, frames), x, "psum", lambda number: number * size)
+    return _map(lambda value: total(value, frames), x, "psum", lambda number: number * size)
 
 
 def pmean(x: Any, axis_name: Any, *, axis_index_groups: _Groups = None) -> Any:
@@ -77,9 +78,9 @@ def pmean(x: Any, axis_name: Any, *, axis_index_groups: _Groups = None) -> Any:
 
     Source: ``jax.lax.pmean``.
     """
-    frames = _frames(axis_name, "pmean")
+    frames = frames_of(axis_name, "pmean")
     size = _group_size(x, frames, axis_index_groups, "pmean")
-    return _map(lambda value: _total(value, frames) / size, x, "pmean", lambda n: n * size / size if size else math.nan)
+    return _map(lambda value: total(value, frames) / size, x, "pmean", lambda n: n * size / size if size else math.nan)
 
 
 def pmax(x: Any, axis_name: Any, *, axis_index_groups: _Groups = None) -> Any:
@@ -173,15 +174,16 @@ def all_gather(
     """
     if to != "varying":
         raise UnsupportedOperationError(f"all_gather has to='varying' only, but to is {to!r}: other values concern devices.")
-    frames = _frames(axis_name, "all_gather")
+    frames = frames_of(axis_name, "all_gather")
     _no_groups(axis_index_groups, "all_gather")
     if not frames:
         return x
 
     def gather(value: _Tensor) -> _Tensor:
         at = _axis(axis, "axis", value, value.dim() + (not tiled), "all_gather")
-        full = _everyone(value, frames).movedim(0, at)
-        return _steps().copy(full.flatten(at, at + 1) if tiled else full)
+        full = everyone(value, frames).movedim(0, at)
+        copied: _Tensor = steps().copy(full.flatten(at, at + 1) if tiled else full)
+        return copied
 
     return _map(gather, x, "all_gather")
 
@@ -283,14 +285,14 @@ def psum_scatter(
 
     Source: ``jax.lax.psum_scatter``.
     """
-    frames = _frames(axis_name, "psum_scatter")
+    frames = frames_of(axis_name, "psum_scatter")
     _no_groups(axis_index_groups, "psum_scatter")
     if not frames:
         return x
 
     def scatter(value: _Tensor) -> _Tensor:
         at = _axis(scatter_dimension, "scatter_dimension", value, value.dim(), "psum_scatter")
-        return _own(_parts(_total(value, frames), at, frames, tiled, "psum_scatter", "scatter_dimension"), frames)
+        return own(_parts(total(value, frames), at, frames, tiled, "psum_scatter", "scatter_dimension"), frames)
 
     return _map(scatter, x, "psum_scatter")
 
@@ -321,8 +323,8 @@ def ppermute(x: Any, axis_name: Any, perm: Sequence[tuple[int, int]]) -> Any:
 
     Source: ``jax.lax.ppermute``. JAX's ``vmap`` takes only permutations of all samples; zeros are what JAX gives elsewhere.
     """
-    frames = _frames(axis_name, "ppermute")
-    sources = _sources(perm, _size(frames))
+    frames = frames_of(axis_name, "ppermute")
+    sources = _sources(perm, size_of(frames))
     return _map(lambda value: _moved(value, sources, frames), x, "ppermute")
 
 
@@ -351,8 +353,8 @@ def pshuffle(x: Any, axis_name: Any, perm: Sequence[int]) -> Any:
 
     Source: ``jax.lax.pshuffle``.
     """
-    frames = _frames(axis_name, "pshuffle")
-    size = _size(frames)
+    frames = frames_of(axis_name, "pshuffle")
+    size = size_of(frames)
     sources = [operator.index(source) for source in perm]
     if sorted(sources) != list(range(size)):
         raise AxisError(f"pshuffle needs a perm that holds each number from 0 to {size - 1} once, but it is {list(perm)!r}.")
@@ -382,10 +384,9 @@ def axis_index(axis_name: Any) -> torch.Tensor:
 
     Source: ``jax.lax.axis_index``, which returns an int32.
     """
-    steps = _steps()
     index = None
-    for _, size, level, values in _frames(axis_name, "axis_index"):
-        number = steps.number(level, size, _device(values))
+    for _, size, level, values in frames_of(axis_name, "axis_index"):
+        number = steps().number(level, size, device_of(values))
         index = number if index is None else index * size + number
     return torch.tensor(0) if index is None else index
 
@@ -411,48 +412,20 @@ def axis_size(axis_name: Any) -> int:
 
     Source: ``jax.lax.axis_size``.
     """
-    return _size(_frames(axis_name, "axis_size"))
+    return size_of(frames_of(axis_name, "axis_size"))
 
 
-# --- names and options -----------------------------------------------------------------------------------------------
-
-
-def _frames(axis_name: Any, who: str) -> list[AxisFrame]:
-    """The frames of the axes that are named."""
-    names = list(axis_name) if isinstance(axis_name, tuple | list) else [axis_name]
-    for place, name in enumerate(names):
-        if isinstance(name, int):
-            raise AxisSpecError(
-                f"{who} takes names that vmap was given as axis_name, but it got the int {name}, which stands for an axis of the "
-                "tensor in JAX. Reduce or move that one with the functions of torch."
-            )
-        if name in names[:place]:
-            raise AxisError(f"{who} got the axis {name!r} twice, at places {names.index(name)} and {place} of {axis_name!r}.")
-    return [find(name, who) for name in names]
-
-
-def _size(frames: list[AxisFrame]) -> int:
-    size = 1
-    for frame in frames:
-        size = size * frame[1]
-    return size
-
-
-def _device(values: Sequence[Any]) -> torch.device | None:
-    for value in values:
-        if isinstance(value, _Tensor):
-            return value.device
-    return None
+# --- options ---------------------------------------------------------------------------------------------------------
 
 
 def _group_size(x: Any, frames: list[AxisFrame], groups: _Groups, who: str) -> int:
     """How many samples a reduction is over."""
     if groups is None:
-        return _size(frames)
+        return size_of(frames)
     members = [member for group in groups for member in group]
-    if sorted(members) != list(range(_size(frames))) or len({len(group) for group in groups}) > 1:
+    if sorted(members) != list(range(size_of(frames))) or len({len(group) for group in groups}) > 1:
         raise AxisError(
-            f"{who} needs axis_index_groups of one size that hold each number from 0 to {_size(frames) - 1} once, but they are "
+            f"{who} needs axis_index_groups of one size that hold each number from 0 to {size_of(frames) - 1} once, but they are "
             f"{groups!r}."
         )
     if not all(isinstance(leaf, bool | int | float | complex) for leaf in tree.flatten(x)[0]):
@@ -486,7 +459,9 @@ def _sources(perm: Sequence[tuple[int, int]], size: int) -> list[int]:
         source, destination = [_number(end, size, pair) for end in pair]
         if source in sources or sources[destination] != size:
             twice = f"source {source}" if source in sources else f"destination {destination}"
-            raise AxisError(f"ppermute needs a perm with each source and each destination once, but {twice} is there twice: {perm!r}.")
+            raise AxisError(
+                f"ppermute needs a perm with each source and each destination once, but {twice} is there twice: {perm!r}."
+            )
         sources[destination] = source
     return sources
 
@@ -494,16 +469,16 @@ def _sources(perm: Sequence[tuple[int, int]], size: int) -> list[int]:
 def _number(end: Any, size: int, pair: tuple[int, int]) -> int:
     number = operator.index(end)
     if not -size <= number < size:
-        raise AxisError(f"ppermute got the pair {tuple(pair)!r} in perm, but there are {size} samples: they run from 0 to {size - 1}.")
+        raise AxisError(
+            f"ppermute got the pair {tuple(pair)!r} in perm, but there are {size} samples: they run from 0 to {size - 1}."
+        )
     return number % size
 
 
 # --- trees -----------------------------------------------------------------------------------------------------------
 
 
-def _map(
-    function: Callable[[_Tensor], _Tensor], x: Any, who: str, of_number: Callable[[Any], Any] | None = None
-) -> Any:
+def _map(function: Callable[[_Tensor], _Tensor], x: Any, who: str, of_number: Callable[[Any], Any] | None = None) -> Any:
     """``function`` over the tensors and arrays in ``x``, and ``of_number``, if given, over its Python numbers."""
 
     def one(leaf: Any) -> Any:
@@ -521,49 +496,16 @@ def _map(
     return traced.map_leaves(one, x) if _is_compiling() else tree.map_leaves(one, x)
 
 
-# --- the samples of several axes -------------------------------------------------------------------------------------
-
-
-def _steps() -> Any:
-    """The functions that look across one level."""
-    if _is_compiling():
-        from torchbatch._torch import in_graph  # loads the compiler, which takes a second
-
-        return in_graph
-    return across
-
-
-def _total(value: _Tensor, frames: list[AxisFrame]) -> _Tensor:
-    for _, size, level, _ in frames:
-        value = _steps().total(value, level, size)
-    return value
-
-
-def _everyone(value: _Tensor, frames: list[AxisFrame]) -> _Tensor:
-    """The values of all samples along a new first axis; the last frame varies fastest."""
-    for _, size, level, _ in frames[::-1]:
-        value = _steps().gather(value, level, size)
-    if len(frames) == 1:
-        return value
-    return value.flatten(0, len(frames) - 1) if frames else value.unsqueeze(0)
-
-
-def _own(full: _Tensor, frames: list[AxisFrame]) -> _Tensor:
-    """What each sample finds at its number along the first axis."""
-    if len(frames) != 1:
-        full = full.unflatten(0, [frame[1] for frame in frames]) if frames else full.squeeze(0)
-    for _, size, level, _ in frames:
-        full = _steps().own(full, level, size)
-    return full
+# --- what each does --------------------------------------------------------------------------------------------------
 
 
 def _extreme(x: Any, axis_name: Any, groups: _Groups, who: str, reduce: Callable[..., _Tensor]) -> Any:
-    frames = _frames(axis_name, who)
+    frames = frames_of(axis_name, who)
     _group_size(x, frames, groups, who)
 
     def extreme(value: _Tensor) -> _Tensor:
         for _, size, level, _ in frames:
-            full = _steps().gather(value, level, size)
+            full = steps().gather(value, level, size)
             value = reduce(full, 0) if size else _extreme_of_none(full, who == "pmin")
         return value
 
@@ -584,12 +526,12 @@ def _extreme_of_none(full: _Tensor, greatest: bool) -> _Tensor:
 
 def _parts(full: _Tensor, at: int, frames: list[AxisFrame], tiled: bool, who: str, what: str, offset: int = 0) -> _Tensor:
     """The parts along axis ``at``, one per sample, along the first axis."""
-    size, axis_names = _size(frames), " and ".join(repr(frame[0]) for frame in frames)
+    size, axis_names = size_of(frames), " and ".join(repr(frame[0]) for frame in frames)
     length = full.shape[at]
     if not tiled and length == size:
         return full.movedim(at, 0)
     if tiled and size and length % size == 0:
-        return full.unflatten(at, (size, length // size)).movedim(at, 0)
+        return full.reshape(*full.shape[:at], size, length // size, *full.shape[at + 1 :]).movedim(at, 0)
     need = f"a multiple of {size}" if tiled else f"of size {size}"
     raise AxisError(
         f"{who} deals out {what}={at - offset}, which must be {need}, the number of samples of {axis_names}, but it has size "
@@ -598,22 +540,23 @@ def _parts(full: _Tensor, at: int, frames: list[AxisFrame], tiled: bool, who: st
 
 
 def _all_to_all(x: Any, axis_name: Any, axes: tuple[int, int], groups: _Groups, tiled: bool, who: str) -> Any:
-    frames = _frames(axis_name, who)
+    frames = frames_of(axis_name, who)
     _no_groups(groups, who)
     split_name, concat_name = ("axis", "axis") if who == "pswapaxes" else ("split_axis", "concat_axis")
 
     def exchange(value: _Tensor) -> _Tensor:
         split = _axis(axes[0], split_name, value, value.dim(), who)
         concat = _axis(axes[1], concat_name, value, value.dim(), who)
-        parts = _parts(_everyone(value, frames), split + 1, frames, tiled, who, split_name, offset=1)
-        mine = _own(parts, frames).movedim(0, concat)
-        return _steps().copy(mine.flatten(concat, concat + 1) if tiled else mine)
+        parts = _parts(everyone(value, frames), split + 1, frames, tiled, who, split_name, offset=1)
+        mine = own(parts, frames).movedim(0, concat)
+        copied: _Tensor = steps().copy(mine.flatten(concat, concat + 1) if tiled else mine)
+        return copied
 
     return _map(exchange, x, who)
 
 
 def _moved(value: _Tensor, sources: list[int], frames: list[AxisFrame]) -> _Tensor:
-    full = _everyone(value, frames)
+    full = everyone(value, frames)
     if len(sources) in sources:
         full = torch.nn.functional.pad(full, [0, 0] * (full.dim() - 1) + [0, 1])
-    return _own(_steps().pick(full, sources), frames)
+    return own(steps().pick(full, sources), frames)

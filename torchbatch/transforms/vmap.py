@@ -190,7 +190,8 @@ def _plain_size(args: tuple[Any, ...], axes: tuple[Axis, ...]) -> int | None:
 
 
 def _traced_options(axis_name: Hashable, *options: Any) -> traced.Options:
-    return traced.Options(*options, (axis_name, Part(axis_name, options[-1])), in_scope.stack)
+    names = (axis_name, Part(axis_name, options[-1]))
+    return traced.Options._make((*options, names, in_scope.stack))
 
 
 _SPELLING = {"in_dims": "in_axes", "out_dims": "out_axes"}

@@ -1,0 +1,79 @@
+"""The samples of one or several named axes taken together, the last axis varying fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from torchbatch._torch import across
+from torchbatch.core.frames import AxisFrame, find
+from torchbatch.errors import AxisError, AxisSpecError
+
+_Tensor = torch.Tensor
+_is_compiling = torch.compiler.is_compiling
+
+
+def frames_of(axis_name: Any, who: str) -> list[AxisFrame]:
+    """The frames of the axes that are named."""
+    names = list(axis_name) if isinstance(axis_name, tuple | list) else [axis_name]
+    for place, name in enumerate(names):
+        if isinstance(name, int):
+            raise AxisSpecError(
+                f"{who} takes names that vmap was given as axis_name, but it got the int {name}, which stands for an axis of the "
+                "tensor in JAX. Reduce or move that one with the functions of torch."
+            )
+        if name in names[:place]:
+            raise AxisError(f"{who} got the axis {name!r} twice, at places {names.index(name)} and {place} of {axis_name!r}.")
+    return [find(name, who) for name in names]
+
+
+def size_of(frames: list[AxisFrame]) -> int:
+    """The number of samples of the axes taken together."""
+    size = 1
+    for frame in frames:
+        size = size * frame[1]
+    return size
+
+
+def device_of(values: Sequence[Any]) -> torch.device | None:
+    """Where the first tensor among the values is."""
+    for value in values:
+        if isinstance(value, _Tensor):
+            return value.device
+    return None
+
+
+def steps() -> Any:
+    """The functions that look across one level."""
+    if False:
+        from torchbatch._torch import in_graph  # loads the compiler, which takes a second
+
+        return in_graph
+    return across
+
+
+def total(value: _Tensor, frames: list[AxisFrame]) -> _Tensor:
+    """The sum over all samples."""
+    for _, size, level, _ in frames:
+        value = steps().total(value, level, size)
+    return value
+
+
+def everyone(value: _Tensor, frames: list[AxisFrame]) -> _Tensor:
+    """The values of all samples along a new first axis; the last frame varies fastest."""
+    for _, size, level, _ in frames[::-1]:
+        value = steps().gather(value, level, size)
+    if len(frames) == 1:
+        return value
+    return value.flatten(0, len(frames) - 1) if frames else value.unsqueeze(0)
+
+
+def own(full: _Tensor, frames: list[AxisFrame]) -> _Tensor:
+    """What each sample finds at its number along the first axis."""
+    if len(frames) != 1:
+        full = full.reshape([*(frame[1] for frame in frames), *full.shape[1:]])
+    for _, size, level, _ in frames:
+        full = steps().own(full, level, size)
+    return full
