@@ -251,7 +251,8 @@ def test_a_long_line_is_cut(written):
 def test_a_function_of_pytorchs_own_has_the_callers_line():
     with pytest.raises(DataDependentError) as caught:
         vmap(torch.Tensor.item)(X[:, 0])
-    assert re.match(re.escape(NUMBER) + r"\n  in test_a_function_of_pytorchs_own_has_the_callers_line, .*\n    vmap", str(caught.value))
+    text, place, line = str(caught.value).split("\n")
+    assert text == NUMBER and place.startswith("  in test_a_function_of_pytorchs") and line.startswith("    vmap")
 
 
 # --- errors that are not about all samples at once --------------------------------------------------------------------
@@ -286,11 +287,13 @@ def test_errors_of_one_sample_come_out_as_they_are(line, written):
     [
         (
             "x.sum().backward()",
-            "backward() and requires_grad_() do not work inside a mapped function. Use torchbatch.grad of a function of the tensor.",
+            "backward() and requires_grad_() do not work inside a mapped function. Use torchbatch.grad of a function of the "
+            "tensor.",
         ),
         (
             "x.requires_grad_()",
-            "backward() and requires_grad_() do not work inside a mapped function. Use torchbatch.grad of a function of the tensor.",
+            "backward() and requires_grad_() do not work inside a mapped function. Use torchbatch.grad of a function of the "
+            "tensor.",
         ),
         (
             "return x.to_sparse()",

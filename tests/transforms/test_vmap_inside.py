@@ -1284,7 +1284,7 @@ def cumulative_cache(x):
 @nesting_case
 def nested_identity_alias(vmap, x):
     o = torch.zeros(4)
-    r = vmap(lambda s: s)(o)
+    vmap(lambda s: s)(o)
     o[0] = x[0]
     return o
 

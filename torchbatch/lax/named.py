@@ -47,7 +47,7 @@ def device_of(values: Sequence[Any]) -> torch.device | None:
 
 def steps() -> Any:
     """The functions that look across one level."""
-    if False:
+    if _is_compiling():
         from torchbatch._torch import in_graph  # loads the compiler, which takes a second
 
         return in_graph
