@@ -168,6 +168,7 @@ DIFFERENTIABLE: dict[str, Call] = {
     "max_unpool": lambda x: F.max_unpool1d(*F.max_pool1d(x[None], 2, return_indices=True), 2),
     "lu_solve": lambda x: torch.linalg.lu_solve(*torch.linalg.lu_factor(x[:, :3] + torch.eye(3)), x),
     "embedding_bag": lambda x: F.embedding_bag(torch.tensor([[0, 1], [2, 2]]), x, mode="mean"),
+    "embedding_bag, scaled": lambda x: F.embedding_bag(torch.tensor([[0, 1], [2, 2]]), x, scale_grad_by_freq=True),
     "fractional_max_pool": lambda x: F.fractional_max_pool2d(x[None], 2, 2, _random_samples=torch.full((1, 1, 2), 0.5)),
     "nearest-exact": lambda x: F.interpolate(x[None], 6, mode="nearest-exact"),
     "attention": lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None], x @ x.T),

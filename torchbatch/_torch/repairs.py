@@ -373,7 +373,12 @@ def embedding_bag(
     kept = torch.ones_like(indices, dtype=torch.bool)
     if padding_idx is not None:
         kept = indices != (padding_idx if padding_idx >= 0 else padding_idx + weight.shape[0])
-    rows = weight[indices] if per_sample_weights is None else weight[indices] * per_sample_weights.unsqueeze(-1)
+    rows = weight[indices]
+    if scale_grad_by_freq:  # a gradient, and so a value, of which only this part counts
+        part = rows / (indices.unsqueeze(-1) == indices).sum(-1, keepdim=True)
+        rows = part + (rows - part).detach()
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
     member = (bag == torch.arange(bags, device=bag.device).unsqueeze(-1)) & kept
     count = member.sum(1)
     result = _pooled(rows, member, count, mode)

@@ -1,0 +1,10 @@
+"""Registers every operator that behaves differently inside ``vmap``. Importing this module once is all it takes.
+
+The order matters where two of them take the same operator: the later kernel goes around the earlier one.
+"""
+
+from __future__ import annotations
+
+from torchbatch._torch import draws, factories, repairs, rules
+
+__all__ = ["draws", "factories", "repairs", "rules"]
