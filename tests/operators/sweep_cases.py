@@ -65,8 +65,6 @@ class Sample(NamedTuple):
 
 
 BATCH = 3
-#: Whether batches of size 0 are among the cases.
-EMPTY_BATCHES = False
 
 
 @functools.lru_cache(maxsize=4)
@@ -137,7 +135,7 @@ def _placed(name: str, variant: str, index: int, mapped: tuple[bool, ...]) -> It
     if all(mapped):
         for shift, axis in enumerate(("first", "last", "middle")):
             yield Case(name, variant, index, mapped, axis, (BATCH, 1, BATCH)[(digest + shift) % 3], (0, -1, 1)[shift])
-        if EMPTY_BATCHES and name not in VALUES_GIVE_SHAPE:
+        if name not in VALUES_GIVE_SHAPE:
             yield Case(name, variant, index, mapped, "first", 0, 0)
     else:
         axis = ("first", "last", "middle")[digest % 3]

@@ -9,7 +9,7 @@ from types import FrameType
 
 import torch
 
-_LIBRARIES = (
+LIBRARIES = (
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
     os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
 )
@@ -18,7 +18,7 @@ _LIBRARIES = (
 def user_frame() -> FrameType | None:
     """The innermost running frame that belongs neither to torchbatch nor to PyTorch."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+    while frame is not None and frame.f_code.co_filename.startswith(LIBRARIES):
         frame = frame.f_back
     return frame
 

@@ -52,10 +52,27 @@ class _Parts(threading.local):
 
     def __init__(self) -> None:
         self.by_level: dict[int, tuple[int, int]] = {}
+        self.chunked = 0
         self.state: GeneratorState | None = None
 
 
 _parts = _Parts()
+
+
+_OWN_GENERATOR = (
+    "A generator of your own (generator=) cannot draw in chunks what it would draw at once: only PyTorch's default generators are "
+    "set back for each chunk. Map without chunk_size, or leave generator= out."
+)
+
+
+@contextlib.contextmanager
+def in_chunks() -> Iterator[None]:
+    """Inside, a map runs chunk by chunk."""
+    _parts.chunked += 1
+    try:
+        yield
+    finally:
+        _parts.chunked -= 1
 
 
 @contextlib.contextmanager
@@ -229,6 +246,8 @@ def _in_chunks(
     """``draw`` in a chunk; with ``by_layout`` also where PyTorch would draw in the order in which a tensor lies in memory."""
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
+        if _parts.chunked and any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+            raise RandomnessError(_OWN_GENERATOR)
         if _parts.by_level or (by_layout and not _lies_in_order(args) and _open_maps()):
             return draw(args, kwargs)
         return operator(*args, **kwargs)

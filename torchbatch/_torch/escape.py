@@ -2,9 +2,10 @@
 
 A batch level is only a number, which the next ``vmap`` gets again: a tensor that was stored in a list, a global or a
 closure would be taken for that call's data. PyTorch keeps no list of the tensors of a level, so the ones still alive when
-it closes are looked for among the youngest objects that Python's garbage collector tracks. The look is only taken when the
-collector's own counter says that another number of objects survived the call than it returned, which costs a tenth of a
-microsecond to ask; when the collector runs during the call, it is asked just before, while what is new is still young.
+it closes are looked for among the youngest objects that Python's garbage collector tracks. The look is taken after each call
+of a function whose code may keep a value (:mod:`torchbatch.core.writes`), and after any other call when the collector's own
+counter says that another number of objects survived it than it returned, which costs a tenth of a microsecond to ask. When
+the collector runs during a call, the look is taken just before, while what is new is still young.
 
 Tensors do not know their thread. While another thread is inside a transform, nothing is marked.
 
@@ -14,6 +15,7 @@ Private names used, seen on torch 2.11, 2.13 and 2.15: the folder ``torch/_funct
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -24,7 +26,7 @@ from typing import Any
 
 import torch
 
-from torchbatch._torch import levels
+from torchbatch._torch import levels, local
 from torchbatch.errors import EscapedValueError
 
 counts = gc.get_count
@@ -44,19 +46,19 @@ class EscapedTensor(torch.Tensor):
         return "<per-sample value of a vmap that has finished>"
 
 
-def check(before: tuple[int, int, int], after: tuple[int, int, int], returned: int) -> None:
-    """Look for escaped values after a call that left other objects behind than those it returned.
+def check(before: tuple[int, int, int], after: tuple[int, int, int], keeps: bool) -> None:
+    """Look for escaped values after a call that may keep some, or left other objects behind than those it returned.
 
     Where the collector is switched off, what is young becomes ever more; beyond ``_MOST_YOUNG`` objects no look is taken.
 
     Args:
         before: the collector's counts when the call began.
         after: the collector's counts now.
-        returned: how many new tensors the call returns.
+        keeps: whether the code of the function may keep a value, so that the counts prove nothing.
     """
     if after[0] > _MOST_YOUNG:
         return
-    whole = after[1] != before[1] or deaths.seen
+    whole = keeps or after[1] != before[1] or deaths.seen
     mark_escaped(None if whole else max(after[0] - before[0], 0) + _MARGIN)
 
 
@@ -85,7 +87,8 @@ _grown: list[weakref.ref[torch.Tensor]] = []  # per-sample tensors that the coll
 
 def _before_collection(phase: str, info: dict[str, int]) -> None:
     if phase == "start" and levels.depth():
-        _grown.extend(weakref.ref(tensor) for tensor in _young())
+        with contextlib.suppress(RecursionError):  # there is no room left to look, and the recursion ends in an error anyway
+            _grown.extend(weakref.ref(tensor) for tensor in _young())
 
 
 gc.callbacks.append(_before_collection)
@@ -111,9 +114,10 @@ def mark_escaped(newest: int | None = None) -> int:
         return 0
     open_levels = levels.depth()
     deaths.seen = False
-    grown = [tensor for tensor in (reference() for reference in _grown) if tensor is not None]
+    grown = [tensor for tensor in (reference() for reference in (*_grown, *local.given_room)) if tensor is not None]
     if not open_levels:
         _grown.clear()
+        local.given_room.clear()
     dead = [tensor for tensor in (*_young(newest), *grown) if _is_dead(tensor, open_levels)]
     if not dead or _busy_elsewhere():
         return 0

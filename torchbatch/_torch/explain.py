@@ -7,6 +7,7 @@ attribute ``_torchdynamo_orig_callable`` and ``torch._dynamo.OptimizedModule._or
 from __future__ import annotations
 
 import ast
+import dis
 import linecache
 import os
 import re
@@ -199,6 +200,8 @@ def explain(error: Exception, shared: Callable[[], Mapping[str, torch.Tensor]]) 
         error: what came out of the mapped function.
         shared: gives the unmapped tensors of the call by name.
     """
+    if _is_users_own(error):
+        return None
     text = str(error)
     where = _user_frame(error.__traceback__) or _calling_frame()
     if _SHARED_WRITE.search(text) or _same_groups(_BROADCAST_WRITE.search(text)):
@@ -212,12 +215,28 @@ def explain(error: Exception, shared: Callable[[], Mapping[str, torch.Tensor]]) 
     return None
 
 
+def add_note(error: Exception, samples: Callable[[], list[str]]) -> None:
+    """Say what one sample is, under an error of PyTorch whose text may speak of shapes with the batch in front."""
+    if type(error) not in (RuntimeError, IndexError) or _is_users_own(error) or not hasattr(error, "add_note"):
+        return
+    where = _user_frame(error.__traceback__)
+    error.add_note(f"(raised inside vmap, where shapes may have the batch in front: {'; '.join(samples())}){_line(where)}")
+
+
+def _is_users_own(error: Exception) -> bool:
+    """Whether the error comes from a ``raise`` outside PyTorch and torchbatch, whatever its text says."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or trace.tb_frame.f_code.co_filename.startswith(caller.LIBRARIES):
+        return False
+    return dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
+
+
 def _same_groups(match: re.Match[str] | None) -> bool:
     return match is not None and match.group(1) == match.group(2)
 
 
-_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_LIBRARIES = (_OURS, os.path.dirname(os.path.abspath(torch.__file__)) + os.sep)
 _STANDARD = (sysconfig.get_paths()["stdlib"] + os.sep, sysconfig.get_paths()["purelib"] + os.sep)
 
 
@@ -231,7 +250,7 @@ def _user_frame(trace: TracebackType | None) -> _Place | None:
     own, other = None, None
     for (frame, _), summary in zip(traceback.walk_tb(trace), traceback.extract_tb(trace), strict=True):
         path = os.path.abspath(summary.filename)
-        if path.startswith(_LIBRARIES):
+        if path.startswith(caller.LIBRARIES):
             continue
         place = _Place(summary, {**frame.f_globals, **frame.f_locals})
         if path.startswith(_STANDARD):

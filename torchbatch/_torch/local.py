@@ -15,6 +15,7 @@ Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._swap_tensor_i
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,6 +33,7 @@ _RANDOM = frozenset(
     "bernoulli_ cauchy_ exponential_ geometric_ kaiming_normal_ kaiming_uniform_ log_normal_ normal_ orthogonal_ random_ "
     "trunc_normal_ uniform_ xavier_normal_ xavier_uniform_".split()
 )
+_EXPORTS = frozenset("numpy __array__ __dlpack__ data_ptr storage untyped_storage".split())
 _functorch: Any = torch._C._functorch
 _swap: Callable[[torch.Tensor, torch.Tensor], None] = torch._C._swap_tensor_impl
 _NORMS = frozenset(("batch_norm", "instance_norm"))  # they write into their running averages
@@ -39,10 +41,23 @@ _OPERATOR = type(torch.ops.aten.add.Tensor)
 _DIFFERENTIATES = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
 
 
+class _Calls(threading.local):
+    """One object for each call of a mapped function that runs in this thread and may write, outermost first."""
+
+    def __init__(self) -> None:
+        self.stack: list[object] = []
+
+
+calls = _Calls()
+given_room: list[weakref.ref[torch.Tensor]] = []  # tensors that got a batched body, which may be older than the call
+
+
 class LocalTensor(torch.Tensor):
     """A tensor made inside a mapped function that does not (yet) vary along all of its axes."""
 
     _home: int  # the number of transforms that were open when it was made
+    _call: object  # the call of a mapped function in which it was made
+    _exported: bool  # whether its memory was handed to something that does not follow exchanges of the body
     _parent: LocalTensor | None  # what it is a view of
     _views: _Views  # what is a view of it, by id
 
@@ -55,6 +70,8 @@ class LocalTensor(torch.Tensor):
         special = _SPECIAL.get(name)
         if special is not None and type(args[0]) is LocalTensor:
             return special(func, args, kwargs)
+        if name in _EXPORTS and type(args[0]) is LocalTensor:
+            _root(args[0])._exported = True
         for target in _written(func, name, args, kwargs):
             _make_room(target, args, kwargs)
             if name in _RANDOM:
@@ -84,7 +101,9 @@ def adopt(tensor: torch.Tensor) -> torch.Tensor:
     """Make a new tensor a local one, unless it varies along every open axis already."""
     if type(tensor) is torch.Tensor:
         tensor.__class__ = LocalTensor
-        tensor._home, tensor._parent, tensor._views = levels.depth(), None, {}  # type: ignore[attr-defined]
+        local: Any = tensor
+        local._home, local._parent, local._views = levels.depth(), None, {}
+        local._call, local._exported = calls.stack[-1] if calls.stack else None, False
     return tensor
 
 
@@ -95,13 +114,13 @@ def settle(tensor: torch.Tensor) -> None:
     root = _root(tensor)
     outer = max((level for level, _, _ in levels.open_maps() if level < levels.depth()), default=0)
     if outer:
-        root._home = outer
+        root._home, root._call = outer, calls.stack[-2] if len(calls.stack) > 1 else None
     else:
         _make_ordinary(tensor)
 
 
 def _make_ordinary(tensor: LocalTensor) -> None:
-    del tensor._home, tensor._parent, tensor._views
+    del tensor._home, tensor._parent, tensor._views, tensor._call, tensor._exported
     tensor.__class__ = torch.Tensor  # type: ignore[assignment]
 
 
@@ -124,6 +143,8 @@ def _written(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Iterato
         yield from _locals([batching.argument(place, args, kwargs) for place in batching.written(func)])
     elif name == "__setitem__" or name in _AUGMENTED or (name.endswith("_") and not name.endswith("__")):
         yield from _locals(args[0] if args else kwargs.get("tensor"))
+    elif name == "__set__":  # x.real = y
+        yield from _locals(args[0])
     elif name in _NORMS:
         yield from _locals([args[1:], kwargs.get("running_mean"), kwargs.get("running_var")])
 
@@ -137,11 +158,13 @@ def _write_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     out = kwargs.pop("out")
     results = func(*args, **kwargs)
     for target, result in zip(_tensors(out), _tensors(results), strict=True):
-        if target.shape != result.shape:
+        if not torch.can_cast(result.dtype, target.dtype):
+            raise InPlaceError(f"out= has dtype {target.dtype}, to which a result of dtype {result.dtype} cannot be cast.")
+        if target.shape != result.shape and target.numel():
             raise InPlaceError(
                 f"out= has shape {tuple(target.shape)}, but the result for one sample has shape {tuple(result.shape)}."
             )
-        target.copy_(result)
+        (target if target.shape == result.shape else target.resize_(result.shape)).copy_(result)
     return out
 
 
@@ -163,7 +186,7 @@ def _make_room(target: LocalTensor, args: Any, kwargs: dict[str, Any]) -> None:
         for level, size in _sizes(other):
             if level in has:
                 continue
-            if level > root._home:
+            if level > root._home or not any(call is root._call for call in calls.stack):
                 raise InPlaceError(_SHARED.format("the vmap that maps it, so that its samples share it") + caller.line())
             _vary(root, level, size)
             has.add(level)
@@ -204,6 +227,12 @@ _SHARED = (
 
 def _vary(root: LocalTensor, level: int, size: int) -> None:
     """Give the object ``root``, and all views of it, a body with one copy per sample of ``level``."""
+    if root._exported:
+        raise InPlaceError(
+            "A per-sample value is written in place into a tensor whose memory was handed on (.numpy(), dlpack, .data_ptr()), "
+            f"where it would not be seen. Write first, or hand on a copy.{caller.line()}"
+        )
+    given_room.append(weakref.ref(root))
     for interpreter in retrieve_all_functorch_interpreters():
         if interpreter.level() > root._home and interpreter.key() in _DIFFERENTIATES:
             raise InPlaceError(_SHARED.format("the function that is being differentiated") + caller.line())
@@ -242,6 +271,7 @@ def _replace(old: LocalTensor, body: torch.Tensor) -> None:
         remade = replay(old)
         if not levels.share_memory(remade, old):
             raise UnsupportedOperationError(f"{_NO_VIEW.format(replay.name)}{caller.line()}")
+        given_room.append(weakref.ref(view))
         _replace(view, remade)
 
 
@@ -299,7 +329,8 @@ class _Replay:
 
 
 def _with_hole(value: Any, tensor: torch.Tensor) -> Any:
-    return _map(value, lambda item: _HOLE if item is tensor else item)
+    """``value`` without ``tensor``; an index that is a tensor is copied, since it may be written to later."""
+    return _map(value, lambda item: _HOLE if item is tensor else item.clone() if isinstance(item, torch.Tensor) else item)
 
 
 def _fill_hole(value: Any, tensor: torch.Tensor) -> Any:

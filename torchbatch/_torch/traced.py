@@ -14,13 +14,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from torchbatch._torch import factories, levels
-from torchbatch.errors import AxisError, InputTypeError, OutputTypeError, UnmappedOutputError
+from torchbatch.errors import AxisError, AxisSpecError, InputTypeError, OutputTypeError, UnmappedOutputError
 
 Tree = Any
 
 
 class Options(NamedTuple):
-    """The options of ``vmap``, checked."""
+    """The options of ``vmap``."""
 
     in_axes: Tree
     out_axes: Tree
@@ -34,6 +34,8 @@ class Options(NamedTuple):
 
 def mapped(fun: Callable[..., Any], options: Options) -> Callable[..., Any]:
     """What ``vmap(fun)`` is where it is written inside a function that is being compiled."""
+    if options.randomness not in ("error", "different", "same"):
+        raise AxisError(f"randomness must be 'error', 'different' or 'same', but it is {options.randomness!r}.")
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return call(fun, options, args, kwargs)
@@ -48,6 +50,8 @@ def call(fun: Callable[..., Any], options: Options, args: tuple[Any, ...], kwarg
     axes = pytree._broadcast_to_and_flatten(prefix, spec)
     if axes is None:
         raise AxisError(f"in_axes {options.in_axes!r} must be a tree prefix of the arguments of the mapped function.")
+    if any(axis is not None and type(axis) is not int for axis in axes):
+        raise AxisSpecError(f"in_axes must be an int, None, or a tree of them, but it is {options.in_axes!r}.")
     leaves = [_array(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)]
     size = _size(leaves, axes, options.size)
     if options.chunk_size is None or options.chunk_size >= size:

@@ -276,6 +276,17 @@ def _names(in_axes: InAxes, args: tuple[Any, ...], kwargs: dict[str, Any], fun: 
     return names
 
 
+def samples(in_axes: InAxes, args: tuple[Any, ...], kwargs: dict[str, Any], fun: Any) -> list[str]:
+    """One text per mapped argument, at most five: ``argument x is float32[8,3], one sample of it float32[3]``."""
+    mapped = open_arguments(in_axes, args, kwargs, fun)
+    names = mapped_names(in_axes, args, kwargs, fun)
+    return [
+        f"argument {name} is {describe(value)}, one sample of it {describe(value.movedim(axis, 0)[0])}"
+        for name, value, axis in zip(names, mapped.values, mapped.axes, strict=True)
+        if value.shape[axis]
+    ][:5]
+
+
 def shared_tensors(in_axes: InAxes, args: tuple[Any, ...], fun: Any) -> dict[str, torch.Tensor]:
     """The tensors in the unmapped parts of the arguments, by name."""
     found: dict[str, torch.Tensor] = {}

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from torchbatch._torch.levels import add_batch_dim, enter_level, leave_level
+from torchbatch._torch.local import calls
 from torchbatch._torch.overlay import KEY, WRITES_KEY, include, is_included
 from torchbatch.core.frames import in_scope
 
 # ``finish(output, level, size, values)`` takes the results out of the level and says how many of their tensors are new.
 Finish = Callable[[Any, int, int, Sequence[Any]], tuple[Any, int]]
+
+
+def _stop_asking() -> None:
+    """At the interpreter's exit the kernels go first: operators are left to PyTorch from then on."""
+    global include
+    include = _ignore
+
+
+def _ignore(key: Any, on: bool) -> None:
+    return None
+
+
+atexit.register(_stop_asking)
 
 
 def run(
@@ -39,6 +54,8 @@ def run(
     made_writable = writes and not is_included(WRITES_KEY)
     if made_writable:
         include(WRITES_KEY, True)
+    if writes:
+        calls.stack.append(object())
     stack.append((name, size, level, values))
     try:
         if len(values) == 1:  # the commonest call, kept free of loops
@@ -51,4 +68,6 @@ def run(
             include(KEY, False)
         if made_writable:
             include(WRITES_KEY, False)
+        if writes:
+            calls.stack.pop()
         leave_level()

@@ -30,7 +30,7 @@ def run(
     Every chunk begins with the state that the random generators had at first. Under ``randomness="same"`` it so draws what
     every other chunk drew; under ``"different"`` a draw is made for all samples, of which the chunk takes its own.
     """
-    writes = writes or randomness == "different"  # the operators that draw are told apart by the same key
+    writes = writes or randomness != "error"  # the operators that draw are told apart by the same key
     state = draws.GeneratorState(mapped.values) if randomness != "error" else None
     chunks: list[list[Any]] = []
     part_name = Part(name, chunk_size)
@@ -41,7 +41,7 @@ def run(
             state.restore()
         finish = _Finish(out)
         part = draws.part_of(start, size, values) if randomness == "different" else contextlib.nullcontext()
-        with part:
+        with draws.in_chunks(), part:
             chunks.append(batch.run(call, values, mapped.axes, length, part_name, randomness, finish, writes)[0])
     joined = [_join(parts, how) for parts, how in zip(zip(*chunks, strict=True), finish.joins, strict=True)]
     return finish.rebuild(joined), sum(isinstance(x, torch.Tensor) for x in joined)

@@ -1,4 +1,4 @@
-"""Whether a function may write into a tensor that it makes, read off its code.
+"""Whether a function may write into a tensor that it makes, or keep a value beyond its call, read off its code.
 
 Tensors made inside a mapped function can be written with per-sample values; that takes a look at every tensor that is made,
 PyTorch's own temporaries included, which would make functions slower that never write. So the code is read first: the
@@ -14,21 +14,38 @@ import functools
 import inspect
 import sys
 import types
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from torchbatch.core.wrapper import Wrapper
+
 _FOLLOWED = (3, 11) <= sys.version_info[:2] <= (3, 13)
-_MOST = 4096
-_MANY = 200  # how many functions and modules are followed before the answer is simply yes
+_MOST_KNOWN = 4096
+_MOST_FOLLOWED = 200  # how many functions and modules are followed before the answer is simply yes
 
 
 def may_write(fun: Callable[..., Any]) -> bool:
     """False only if nothing that ``fun`` is seen to call writes in place, gives ``out=``, or is unknown."""
+    return _followed(fun) is None
+
+
+def may_keep(fun: Callable[..., Any]) -> bool:
+    """False only if nothing that ``fun`` is seen to call can store a value where it outlives the call, or is unknown.
+
+    Places to store one are globals, variables of enclosing functions, attributes, and lists, dicts and sets from outside.
+    """
+    followed = _followed(fun)
+    return followed is None or any(_keeps(thing) for thing in followed)
+
+
+def _followed(fun: Callable[..., Any]) -> list[Any] | None:
+    """All that ``fun`` may call or reads from outside; None if it may write in place, or something cannot be followed."""
     if not _FOLLOWED:
-        return True
+        return None
     waiting: list[Any] = [fun]
     seen: dict[Any, Any] = {}  # keeps what it has seen alive, for the sake of the ids
     while waiting:
@@ -37,13 +54,34 @@ def may_write(fun: Callable[..., Any]) -> bool:
         if mark in seen:
             continue
         seen[mark] = thing
-        if len(seen) > _MANY:
-            return True
+        if len(seen) > _MOST_FOLLOWED:
+            return None
         reached = _reach(thing)
         if reached is None:
-            return True
+            return None
         waiting += reached
-    return False
+    return list(seen.values())
+
+
+_STORES = frozenset({"STORE_GLOBAL", "STORE_ATTR", "DELETE_GLOBAL", "YIELD_VALUE", "RETURN_GENERATOR"})
+
+
+def _keeps(thing: Any) -> bool:
+    if isinstance(thing, types.MethodType):
+        return _keeps(thing.__func__)
+    if isinstance(thing, types.FunctionType) and not _in_library(thing.__globals__.get("__name__", "")):
+        return _stores(thing.__code__)
+    owner = getattr(thing, "__self__", thing) if isinstance(thing, types.BuiltinFunctionType) else thing
+    return isinstance(owner, list | dict | set | deque)
+
+
+@functools.lru_cache(maxsize=_MOST_KNOWN)
+def _stores(code: types.CodeType) -> bool:
+    """Whether a code object, or one nested in it, stores into a global, an attribute or an enclosing function's variable."""
+    for now in dis.get_instructions(code):
+        if now.opname in _STORES or (now.opname == "STORE_DEREF" and now.argval in code.co_freevars):
+            return True
+    return any(_stores(inner) for inner in code.co_consts if isinstance(inner, types.CodeType))
 
 
 def _mark(thing: Any) -> Any:
@@ -67,10 +105,9 @@ def _reach(thing: Any) -> list[Any] | None:
     if isinstance(thing, tuple | list | dict):
         items = thing.values() if isinstance(thing, dict) else thing
         return [item for item in items if callable(item) or isinstance(item, tuple | list | dict)]
-    if _is_harmless(thing):
-        return []
-    inner = getattr(thing, "__wrapped__", None)
-    return [inner] if inner is not None and _is_library(type(thing)) else None
+    if isinstance(thing, Wrapper):
+        return [thing.__wrapped__]
+    return [] if _is_harmless(thing) else None
 
 
 _DATA = (torch.Tensor, torch.dtype, torch.device, np.ndarray, np.generic, bool, int, float, complex, str, bytes, type(None))
@@ -79,7 +116,17 @@ _PLAIN = (types.ModuleType, types.BuiltinFunctionType, types.MethodDescriptorTyp
 
 def _is_harmless(thing: Any) -> bool:
     """Whether ``thing`` is no Python code of the user's: data, a module of functions, a built-in, a class of a library."""
-    return isinstance(thing, _PLAIN) or (callable(thing) and _is_library(thing))
+    if isinstance(thing, _PLAIN):
+        return True
+    if isinstance(thing, type):
+        return _is_library(thing)
+    return callable(thing) and _is_library(type(thing)) and not _is_custom_operator(thing)
+
+
+def _is_custom_operator(thing: Any) -> bool:
+    """Whether ``thing`` is an operator of another library than PyTorch's, which may write into its arguments."""
+    module = type(thing).__module__
+    return module.startswith("torch._library") or (module == "torch._ops" and not str(thing).startswith("aten."))
 
 
 _OPERATOR_WRITES = frozenset(
@@ -104,7 +151,7 @@ def _in_library(module: str) -> bool:
 
 
 def _reach_module(module: torch.nn.Module) -> list[Any] | None:
-    own = [m for m in module.modules() if not _is_library(type(m))]
+    own = [m for m in module.modules() if not _is_library(type(m)) or "forward" in m.__dict__]
     hooks = [hook for m in module.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     if any(getattr(m, "inplace", False) for m in module.modules()):
         return None
@@ -135,7 +182,8 @@ def _reach_function(fun: types.FunctionType, owner: Any) -> list[Any] | None:
             return None
         named.append(found)
     for name in facts.own:
-        found = _UNKNOWN if owner is None else _attribute(owner, name)
+        found = None if owner is None and name in _DATA_ATTRIBUTES else _UNKNOWN
+        found = found if owner is None else _attribute(owner, name)
         if found is _UNKNOWN:
             return None
         named.append(found)
@@ -188,7 +236,7 @@ _known: dict[types.CodeType, _Facts | None] = {}
 def _facts(code: types.CodeType) -> _Facts | None:
     """The facts of a code object and the ones nested in it; None if it may write or calls something unknown."""
     if code not in _known:
-        if len(_known) >= _MOST:
+        if len(_known) >= _MOST_KNOWN:
             _known.clear()
         _known[code] = _read(code)
     return _known[code]
@@ -228,6 +276,8 @@ def _read(code: types.CodeType) -> _Facts | None:
 def _writes(now: dis.Instruction) -> bool:
     if now.opname in ("STORE_SUBSCR", "STORE_SLICE", "IMPORT_NAME"):
         return True
+    if now.opname == "STORE_ATTR":
+        return now.argval in ("real", "imag", "data")
     if now.opname == "BINARY_OP":
         return now.argrepr.endswith("=")
     if now.opname == "CALL_FUNCTION_EX":
@@ -266,9 +316,10 @@ def _paths(instructions: list[dis.Instruction], first: str | None) -> Iterator[t
         elif now.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             if path:
                 path.append(now.argval)
+            elif before is not None and before.opname == "LOAD_FAST" and before.argval == first:
+                yield (None, now.argval)
             elif now.argval not in _DATA_ATTRIBUTES:
-                of_first = before is not None and before.opname == "LOAD_FAST" and before.argval == first
-                yield (None, now.argval) if of_first else None
+                yield None
         elif now.opname.startswith("LOAD_SUPER"):
             yield None
         elif path and now.opname != "PUSH_NULL":

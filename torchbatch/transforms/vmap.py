@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import numpy as np
 import torch
 
-from torchbatch._torch import draws as draws  # registers its operators, as do factories
 from torchbatch._torch import escape, explain, traced
-from torchbatch._torch import factories as factories
+from torchbatch._torch import install as install  # registers operators
 from torchbatch._torch.escape import counts, deaths
 from torchbatch.core import axes as axes_
 from torchbatch.core import batch, chunks, empty
@@ -19,11 +19,12 @@ from torchbatch.core.describe import function_name, shown
 from torchbatch.core.frames import Part, in_scope
 from torchbatch.core.outputs import OutAxes
 from torchbatch.core.wrapper import Wrapper
-from torchbatch.core.writes import may_write
+from torchbatch.core.writes import may_keep, may_write
 from torchbatch.errors import AxisError, AxisSpecError, TorchbatchError
 
 _Tensor = torch.Tensor
 _is_compiling = torch.compiler.is_compiling
+_DATA = (torch.Tensor, np.ndarray, np.generic, bool, int, float, complex, str, tuple, list, dict, type(None))
 _ONE_AXIS = {axis: axes_.InAxes(axis) for axis in range(-3, 4)}
 _RANDOMNESS = ("error", "different", "same")
 
@@ -99,6 +100,7 @@ class Vmapped(Wrapper):
     """The mapped function that :func:`vmap` returns."""
 
     _writes: bool | None
+    _keeps: bool
 
     def __init__(self, fun: Callable[..., Any], in_axes: Any, out_axes: Any, *options: Any) -> None:
         super().__init__(fun, in_axes, out_axes, *options)
@@ -108,7 +110,7 @@ class Vmapped(Wrapper):
         self._in = axes_.InAxes(in_axes) if in_front is None else in_front
         self._out = OutAxes(out_axes, bool(sum_match), fun)
         self._finish = self._out.finish
-        self._writes = None  # read off the code at the first call, when all that it names is defined
+        self._writes, self._keeps = None, True  # read off the code at the first call, when all that it names is defined
         # Where these two are set, a call with bare tensors only skips everything that has to do with trees.
         plain = self._chunk_size is None and self._size is None
         self._plain_axes = (self._in.flat if plain else None) or ()
@@ -117,9 +119,9 @@ class Vmapped(Wrapper):
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if _is_compiling():
             return self._traced(args, kwargs)
-        before = counts()
         if self._writes is None:
-            self._writes = self._randomness == "different" or may_write(self._fun)
+            self._read_code(args)
+        before = counts()
         try:
             axes = self._plain_axes if self._every_axis is None else (self._every_axis,) * len(args)
             size = None if kwargs else _plain_size(args, axes)
@@ -133,12 +135,23 @@ class Vmapped(Wrapper):
             escape.mark_escaped()
             clearer = None if isinstance(error, TorchbatchError) else explain.explain(error, self._shared(args))
             if clearer is None:
+                explain.add_note(error, lambda: axes_.samples(self._in, args, kwargs, self._fun))
                 raise
             raise clearer from error
+        except BaseException:
+            escape.mark_escaped()
+            raise
         after = counts()
-        if after[0] - before[0] != new or after[1] != before[1] or deaths.seen:
-            escape.check(before, after, new)
+        if self._keeps or after[0] - before[0] != new or after[1] != before[1] or deaths.seen:
+            escape.check(before, after, self._keeps)
         return result
+
+    def _read_code(self, args: tuple[Any, ...]) -> None:
+        """Learn from the code whether the function may write in place, and whether it may keep a value."""
+        given = [value for value in args if not isinstance(value, _DATA)]
+        unknown = any(not callable(value) or may_write(value) for value in given)
+        self._writes = unknown or self._randomness == "different" or may_write(self._fun)
+        self._keeps = unknown or may_keep(self._fun) or any(may_keep(value) for value in given)
 
     def _general(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int]:
         fun, in_axes = self._fun, self._in
