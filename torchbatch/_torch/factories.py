@@ -23,7 +23,7 @@ FACTORIES = (
     "hamming_window hamming_window.periodic hamming_window.periodic_alpha hamming_window.periodic_alpha_beta hann_window "
     "hann_window.periodic kaiser_window kaiser_window.periodic kaiser_window.beta lift_fresh linspace linspace.Tensor_Tensor "
     "linspace.Tensor_Scalar linspace.Scalar_Tensor logspace logspace.Tensor_Tensor logspace.Tensor_Scalar "
-    "logspace.Scalar_Tensor new_empty new_full new_ones new_zeros ones rand rand.generator "
+    "logspace.Scalar_Tensor new_empty new_full new_ones new_zeros normal.float_float ones rand rand.generator "
     "rand_like randint randint.generator randint.low randint.low_generator randint_like randint_like.low_dtype randn "
     "randn.generator randn_like randperm randperm.generator range range.step tril_indices triu_indices "
     "vander zeros zeros_like"
