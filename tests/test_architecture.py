@@ -155,7 +155,9 @@ def test_private_torch_is_used_in_one_room_only(path):
 def test_functions_import_optional_dependencies_only(path):
     inside = [node for f in functions(path) for node in ast.walk(f) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {f"{name_of(path)}:{n.lineno}": n.module or "" if isinstance(n, ast.ImportFrom) else n.names[0].name for n in inside}
-    assert {where: name for where, name in names.items() if name.split(".")[0] not in OPTIONAL} == {}
+    late = {where: name for where, name in names.items() if name.split(".")[0] not in OPTIONAL}
+    # Loading the compiler takes a second, so that is done only where the caller is being compiled.
+    assert {where: name for where, name in late.items() if not where.startswith("torchbatch/lax/named.py")} == {}
 
 
 @every_file

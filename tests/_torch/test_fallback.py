@@ -12,7 +12,7 @@ import torch
 
 from torchbatch import vmap
 from torchbatch._torch import repairs, rules
-from torchbatch._torch.fallback import fallback, mode
+from torchbatch._torch.fallback import _Policy, fallback, mode
 from torchbatch.errors import AxisError, DataDependentError, FallbackError, FallbackWarning
 
 REGISTERED = (repairs, rules)
@@ -139,7 +139,7 @@ def test_repr() -> None:
 
 def test_results_of_different_shapes() -> None:
     counts = torch.tensor([[0, 1], [0, 5]])
-    with fallback("silent"), pytest.raises(DataDependentError, match=r"bincount.*depends on values.*cannot be stacked"):
+    with fallback("silent"), pytest.raises(DataDependentError, match=r"bincount.*depends on values.*Fixed shapes work"):
         vmap(torch.bincount)(counts)
 
 
@@ -173,3 +173,12 @@ def test_an_empty_batch() -> None:
     with fallback("silent"):
         result = vmap(lambda x: torch.segment_reduce(x, "sum", lengths=LENGTHS))(torch.zeros(0, 3))
     assert result.shape == (0, 2)
+
+
+def test_a_block_does_not_undo_what_was_said_in_between() -> None:
+    block = fallback("silent")
+    fallback("error")
+    with block:
+        assert mode() == "silent"
+    assert _Policy.everywhere == "error"
+    fallback("warn")

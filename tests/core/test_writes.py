@@ -338,7 +338,7 @@ def test_an_inherited_template_method_may_call_anything():
 
 @FOLLOWED
 def test_what_is_known_of_code_is_forgotten_at_some_point(monkeypatch):
-    monkeypatch.setattr(writes, "_MOST", 1)
+    monkeypatch.setattr(writes, "_MOST_KNOWN", 1)
     assert may_write(writer) and not may_write(lambda x: x) and may_write(writer)
     assert len(writes._known) <= 2
 

@@ -1355,7 +1355,6 @@ def local_kept_in_list_reused(x):
 # What PyTorch's tracers cannot do: a traced form gives every new tensor its room at once.
 EAGER_ONLY = {
     "mask_const": "a constant mask counts as per-sample",
-    "out_kw": "out=", "out_kw_view": "out=", "out_pair": "out=", "out_dtype": "out=", "vstack_out": "out=", "narrow_w": "out=",
     "from_numpy": "not a factory of PyTorch's", "np_asarray": "a value is asked for", "item_": "a value is asked for",
     "repr_": "a value is asked for", "pick": "pickle", "deepcopy_": "copy.deepcopy", "copycopy": "copy.copy",
     "nested_out_none_local": "an output that does not vary counts as one that does",

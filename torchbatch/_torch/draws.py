@@ -5,7 +5,7 @@ samples of the whole call, and the chunk takes the rows that are its own. That i
 numbers consumed depends on shapes only; the others are refused.
 
 Private names used, seen on torch 2.11, 2.13 and 2.15:
-``torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack``, and those of :mod:`torchbatch._torch.levels`.
+``torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack``, ``torch.Generator._cdata``, and those of :mod:`torchbatch._torch.levels`.
 """
 
 from __future__ import annotations
@@ -60,9 +60,14 @@ _parts = _Parts()
 
 
 _OWN_GENERATOR = (
-    "A generator of your own (generator=) cannot draw in chunks what it would draw at once: only PyTorch's default generators are "
-    "set back for each chunk. Map without chunk_size, or leave generator= out."
+    "A generator of your own (generator=) cannot draw in chunks what it would draw at once: only PyTorch's default generators "
+    "are set back for each chunk. Map without chunk_size, or leave generator= out."
 )
+
+
+def _is_own_generator(value: Any) -> bool:
+    defaults = (torch.default_generator, *torch.cuda.default_generators)
+    return isinstance(value, torch.Generator) and not any(value._cdata == default._cdata for default in defaults)
 
 
 @contextlib.contextmanager
@@ -246,7 +251,7 @@ def _in_chunks(
     """``draw`` in a chunk; with ``by_layout`` also where PyTorch would draw in the order in which a tensor lies in memory."""
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        if _parts.chunked and any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
+        if _parts.chunked and any(_is_own_generator(value) for value in (*args, *kwargs.values())):
             raise RandomnessError(_OWN_GENERATOR)
         if _parts.by_level or (by_layout and not _lies_in_order(args) and _open_maps()):
             return draw(args, kwargs)

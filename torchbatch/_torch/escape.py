@@ -100,8 +100,22 @@ def _young(newest: int | None = None) -> list[torch.Tensor]:
     return [
         thing
         for thing in (things if newest is None else things[-newest:])
-        if issubclass(type(thing), torch.Tensor) and type(thing) is not EscapedTensor and levels.is_wrapped(thing)
+        if _may_escape[type(thing)] and levels.is_wrapped(thing)
     ]
+
+
+class _MayEscape(dict[type, bool]):
+    """Whether objects of a type may be per-sample values: asked for each object, so remembered for each type."""
+
+    def __missing__(self, cls: type) -> bool:
+        if len(self) > _MOST_TYPES:
+            self.clear()
+        self[cls] = issubclass(cls, torch.Tensor) and cls is not EscapedTensor
+        return self[cls]
+
+
+_MOST_TYPES = 4096
+_may_escape = _MayEscape()
 
 
 def mark_escaped(newest: int | None = None) -> int:
@@ -118,10 +132,10 @@ def mark_escaped(newest: int | None = None) -> int:
     if not open_levels:
         _grown.clear()
         local.given_room.clear()
-    dead = [tensor for tensor in (*_young(newest), *grown) if _is_dead(tensor, open_levels)]
+    dead = {id(tensor): tensor for tensor in (*_young(newest), *grown) if _is_dead(tensor, open_levels)}
     if not dead or _busy_elsewhere():
         return 0
-    for tensor in dead:
+    for tensor in dead.values():
         tensor.__class__ = EscapedTensor
         deaths.watch(tensor)
     return len(dead)

@@ -44,7 +44,7 @@ def _rules(*rows: tuple[str, type[TorchbatchError], str]) -> list[Rule]:
     return [Rule(re.compile(pattern, re.DOTALL), error, " ".join(text.split())) for pattern, error, text in rows]
 
 
-_SHAPE = "Fixed shapes work: torch.where(mask, x, fill) keeps every element, torch.topk or sorting picks a fixed number."
+FIXED_SHAPES = "Fixed shapes work: torch.where(mask, x, fill) keeps every element, torch.topk or sorting picks a fixed number."
 
 RULES = _rules(
     (
@@ -69,12 +69,12 @@ RULES = _rules(
     (
         r"boolean mask|masked_select|mask.*differently shaped",
         DataDependentError,
-        "A boolean mask that varies from sample to sample selects a different number of elements for each. " + _SHAPE,
+        "A boolean mask that varies from sample to sample selects a different number of elements for each. " + FIXED_SHAPES,
     ),
     (
         r"aten::(nonzero)_numpy",
         DataDependentError,
-        "The shape of what {0} returns depends on values that vary from sample to sample. " + _SHAPE,
+        "The shape of what {0} returns depends on values that vary from sample to sample. " + FIXED_SHAPES,
     ),
     (
         r"Can't detach views in-place",
@@ -95,7 +95,7 @@ RULES = _rules(
     (
         r"dynamic shape.*?aten::(\w+)",
         DataDependentError,
-        "The shape of what {0} returns depends on values that vary from sample to sample. " + _SHAPE,
+        "The shape of what {0} returns depends on values that vary from sample to sample. " + FIXED_SHAPES,
     ),
     (
         r"one_hot.*num_classes",
@@ -189,7 +189,7 @@ RULES = _rules(
 )
 _SHARED_WRITE = re.compile(r"vmap: inplace arithmetic|vmap: [\w:]+\(self, \*extra_args\) is not possible")
 _RAGGED = re.compile(r"stack expects each tensor to be equal size, but got .* at entry \d+ and .* at entry \d+")
-_RAGGED_TEXT = "The shape of what is computed here depends on values that vary from sample to sample. " + _SHAPE
+_RAGGED_TEXT = "The shape of what is computed here depends on values that vary from sample to sample. " + FIXED_SHAPES
 _BROADCAST_WRITE = re.compile(r"output with shape \[([\d, ]*)\] doesn't match the broadcast shape \[\d+(?:, )?([\d, ]*)\]")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from torchbatch._torch import batching, caller
+from torchbatch._torch.explain import FIXED_SHAPES
 from torchbatch.errors import AxisError, DataDependentError, FallbackError, FallbackWarning, UnsupportedOperationError
 
 _functorch: Any = torch._C._functorch
@@ -26,6 +27,7 @@ class _Policy(threading.local):
     """``here`` is what a ``with`` statement of this thread asks for, else None; ``everywhere`` holds for all threads."""
 
     everywhere = "warn"
+    set_by: object = None  # the ``fallback(mode)`` that said so
 
     def __init__(self) -> None:
         self.here: str | None = None
@@ -38,7 +40,8 @@ class fallback:  # noqa: N801
     """Say what happens when an operator without a batching rule meets a per-sample value.
 
     Such an operator gives the right result, but it runs once per sample, as a plain loop would. Call ``fallback(mode)`` to
-    set the policy for the whole program, or use it in a ``with`` statement, for that block and this thread only.
+    set the policy for the whole program, or use it in a ``with`` statement, for that block and this thread only. (Operators
+    of other libraries are looped over by PyTorch itself, whose switch is one for all threads.)
 
     Args:
         mode: ``"warn"`` (the default policy) issues a :class:`~torchbatch.errors.FallbackWarning` that names the operator,
@@ -62,13 +65,14 @@ class fallback:  # noqa: N801
         if mode not in MODES:
             raise AxisError(f"fallback takes 'warn', 'error' or 'silent', but it got {mode!r}.")
         self._mode = mode
-        self._before = _Policy.everywhere
+        self._before = _Policy.everywhere, _Policy.set_by
         self._outer: str | None = None
-        _Policy.everywhere = mode
+        _Policy.everywhere, _Policy.set_by = mode, self
         _tell_torch()
 
     def __enter__(self) -> fallback:
-        _Policy.everywhere = self._before
+        if _Policy.set_by is self:  # what was said for the whole program in between stays
+            _Policy.everywhere, _Policy.set_by = self._before
         self._outer, _policy.here = _policy.here, self._mode
         _tell_torch()
         return self
@@ -235,7 +239,7 @@ def _stacked(operator: Any, column: list[Any], size: int, level: int) -> Any:
 
 def _ragged(operator: Any) -> DataDependentError:
     return DataDependentError(
-        f"The shape of what {operator} returns depends on values that vary from sample to sample, so the results cannot be "
-        f"stacked.{caller.line()}"
+        f"The shape of what {operator.__name__.partition('.')[0]} returns depends on values that vary from sample to sample. "
+        f"{FIXED_SHAPES}{caller.line()}"
     )
 

@@ -42,10 +42,10 @@ _DIFFERENTIATES = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
 
 
 class _Calls(threading.local):
-    """One object for each call of a mapped function that runs in this thread and may write, outermost first."""
+    """The calls of mapped functions that run in this thread and may write, outermost first: a list with the level of each."""
 
     def __init__(self) -> None:
-        self.stack: list[object] = []
+        self.stack: list[list[int]] = []
 
 
 calls = _Calls()
@@ -114,7 +114,8 @@ def settle(tensor: torch.Tensor) -> None:
     root = _root(tensor)
     outer = max((level for level, _, _ in levels.open_maps() if level < levels.depth()), default=0)
     if outer:
-        root._home, root._call = outer, calls.stack[-2] if len(calls.stack) > 1 else None
+        root._home = outer
+        root._call = next((call for call in reversed(calls.stack) if call[0] <= outer), None)
     else:
         _make_ordinary(tensor)
 

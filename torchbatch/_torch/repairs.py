@@ -23,7 +23,10 @@ Original = Callable[..., Any]
 
 
 def repair(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Let a function run in place of some operators where an argument is per-sample; it gets the original as ``_``."""
+    """Let a function run in place of some operators where an argument is per-sample; it gets the original as ``_``.
+
+    Operators that write in place are caught only in functions that may do so: PyTorch calls them within many others.
+    """
 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
         def make(original: Original) -> Original:
@@ -35,7 +38,8 @@ def repair(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             return kernel
 
         for name in names:
-            overlay.register(name, make)
+            in_place = name.partition(".")[0].endswith("_")
+            (overlay.register_factory if in_place else overlay.register)(name, make)
         return function
 
     return enter

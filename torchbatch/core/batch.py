@@ -21,7 +21,7 @@ def _stop_asking() -> None:
     include = _ignore
 
 
-def _ignore(key: Any, on: bool) -> None:
+def _ignore(dispatch: Any, val: bool) -> None:
     return None
 
 
@@ -55,7 +55,7 @@ def run(
     if made_writable:
         include(WRITES_KEY, True)
     if writes:
-        calls.stack.append(object())
+        calls.stack.append([level])
     stack.append((name, size, level, values))
     try:
         if len(values) == 1:  # the commonest call, kept free of loops
