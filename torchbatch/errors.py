@@ -20,6 +20,7 @@ EscapedValueError           ValueError, RuntimeError    a per-sample value is us
 GradientTypeError           TypeError                   ``grad`` & co.: output not scalar, dtype not differentiable
 GradientValueError          ValueError                  ``grad`` & co.: ``argnums``, tangents or shapes do not fit
 AxisNameError               ValueError, NameError       an axis name that no enclosing ``vmap`` defines
+FallbackWarning             UserWarning                 an operator without a batching rule runs sample by sample
 ==========================  ==========================  ==========================================================
 
 >>> import torch, torchbatch

@@ -42,8 +42,8 @@ ONE_HOT = (
     "one_hot has to look at the values to find the number of classes, which vary from sample to sample. Give num_classes."
 )
 SECTIONS = (
-    "tensor_split cuts at places that vary from sample to sample, so the parts have no fixed shape. Give the places as numbers or "
-    "as an unmapped tensor, or read windows of one length with torch.narrow or torch.gather."
+    "tensor_split cuts at places that vary from sample to sample, so the parts have no fixed shape. Give the places as numbers "
+    "or as an unmapped tensor, or read windows of one length with torch.narrow or torch.gather."
 )
 
 LINES = {

@@ -5,7 +5,8 @@ samples of the whole call, and the chunk takes the rows that are its own. That i
 numbers consumed depends on shapes only; the others are refused.
 
 Private names used, seen on torch 2.11, 2.13 and 2.15:
-``torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack``, ``torch.Generator._cdata``, and those of :mod:`torchbatch._torch.levels`.
+``torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack``, ``torch.Generator._cdata``, and those of
+:mod:`torchbatch._torch.levels`.
 """
 
 from __future__ import annotations
@@ -66,8 +67,11 @@ _OWN_GENERATOR = (
 
 
 def _is_own_generator(value: Any) -> bool:
-    defaults = (torch.default_generator, *torch.cuda.default_generators)
-    return isinstance(value, torch.Generator) and not any(value._cdata == default._cdata for default in defaults)
+    defaults: list[Any] = [torch.default_generator, *torch.cuda.default_generators]
+    if not isinstance(value, torch.Generator):
+        return False
+    own: Any = value
+    return not any(own._cdata == default._cdata for default in defaults)
 
 
 @contextlib.contextmanager
