@@ -53,6 +53,12 @@ def varies(value: Tensor) -> bool:
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
 
+@repair("flip")
+def flip(original: Original, x: Tensor, dims: Sequence[int]) -> Tensor:
+    """Of a number, along an axis that it does not have."""
+    return original(x, dims) if x.dim() else x.clone()
+
+
 @repair("roll")
 def roll(_: Original, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A number rolls onto itself."""

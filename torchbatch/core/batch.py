@@ -15,17 +15,17 @@ from torchbatch.core.frames import in_scope
 Finish = Callable[[Any, int, int, Sequence[Any]], tuple[Any, int]]
 
 
-def _stop_asking() -> None:
-    """At the interpreter's exit the kernels go first: operators are left to PyTorch from then on."""
-    global include
-    include = _ignore
+def _close() -> None:
+    """At the interpreter's exit the kernels of the overlay go first, and nothing can be mapped without them."""
+    global enter_level
+    enter_level = _refuse
 
 
-def _ignore(dispatch: Any, val: bool) -> None:
-    return None
+def _refuse(size: int, randomness: str) -> int:
+    raise RuntimeError("vmap cannot run any more: the interpreter is shutting down.")
 
 
-atexit.register(_stop_asking)
+atexit.register(_close)
 
 
 def run(
