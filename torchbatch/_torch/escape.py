@@ -59,7 +59,7 @@ def check(before: tuple[int, int, int], after: tuple[int, int, int], keeps: bool
     if after[0] > _MOST_YOUNG:
         return
     whole = keeps or after[1] != before[1] or deaths.seen
-    mark_escaped(None if whole else max(after[0] - before[0], 0) + _MARGIN)
+    mark_escaped(None if whole else max(after[0] - before[0], 0) + _MARGIN, before)
 
 
 _MOST_YOUNG = 4096  # the collector runs at 700 (2,000 on newer Pythons) unless it is switched off
@@ -94,9 +94,9 @@ def _before_collection(phase: str, info: dict[str, int]) -> None:
 gc.callbacks.append(_before_collection)
 
 
-def _young(newest: int | None = None) -> list[torch.Tensor]:
+def _young(newest: int | None = None, generation: int = 0) -> list[torch.Tensor]:
     """The wrapped tensors among the collector's youngest objects, which it keeps in the order in which they were made."""
-    things = gc.get_objects(generation=0)
+    things = gc.get_objects(generation=generation)
     return [
         thing
         for thing in (things if newest is None else things[-newest:])
@@ -118,11 +118,12 @@ _MOST_TYPES = 4096
 _may_escape = _MayEscape()
 
 
-def mark_escaped(newest: int | None = None) -> int:
+def mark_escaped(newest: int | None = None, before: tuple[int, int, int] | None = None) -> int:
     """Make every live tensor that is batched at a level that is closed an :class:`EscapedTensor`; how many there were.
 
     Args:
         newest: how many of the youngest objects to look at; None looks at all.
+        before: the collector's counts when the call began. If it ran since, what was young may have grown up just now.
     """
     if _busy_elsewhere():
         return 0
@@ -132,7 +133,10 @@ def mark_escaped(newest: int | None = None) -> int:
     if not open_levels:
         _grown.clear()
         local.given_room.clear()
-    dead = {id(tensor): tensor for tensor in (*_young(newest), *grown) if _is_dead(tensor, open_levels)}
+    grown += _young(newest)
+    if before is None or counts()[1:] != before[1:]:
+        grown += _young(generation=1)
+    dead = {id(tensor): tensor for tensor in grown if _is_dead(tensor, open_levels)}
     if not dead or _busy_elsewhere():
         return 0
     for tensor in dead.values():

@@ -5,6 +5,6 @@ The order matters where two of them take the same operator: the later kernel goe
 
 from __future__ import annotations
 
-from torchbatch._torch import draws, factories, recurrent, repairs, rules
+from torchbatch._torch import autocast, draws, factories, recurrent, repairs, rules
 
-__all__ = ["draws", "factories", "recurrent", "repairs", "rules"]
+__all__ = ["autocast", "draws", "factories", "recurrent", "repairs", "rules"]

@@ -6,6 +6,7 @@ import atexit
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+from torchbatch._torch.autocast import is_on as autocast_is_on
 from torchbatch._torch.levels import add_batch_dim, enter_level, leave_level
 from torchbatch._torch.local import calls
 from torchbatch._torch.overlay import KEY, WRITES_KEY, include, is_included
@@ -51,6 +52,7 @@ def run(
     level = enter_level(size, randomness)
     if not stack:
         include(KEY, True)
+    writes = writes or autocast_is_on()  # the operators that are cast are told apart by the same key
     made_writable = writes and not is_included(WRITES_KEY)
     if made_writable:
         include(WRITES_KEY, True)

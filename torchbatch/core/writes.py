@@ -282,7 +282,9 @@ def _writes(now: dis.Instruction) -> bool:
         return now.argrepr.endswith("=")
     if now.opname == "CALL_FUNCTION_EX":
         return bool((now.arg or 0) & 1)  # **options may hold out=
-    return now.opname.startswith("LOAD_") and now.opname != "LOAD_CONST" and _named_in_place(now.argval)
+    if not now.opname.startswith("LOAD_") or now.opname == "LOAD_CONST":
+        return False
+    return now.argval == "autocast" or _named_in_place(now.argval)  # autocast needs the same look at operators
 
 
 def _calls_local(before: dis.Instruction | None, now: dis.Instruction) -> bool:
