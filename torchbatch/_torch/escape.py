@@ -49,20 +49,21 @@ class EscapedTensor(torch.Tensor):
 def check(before: tuple[int, int, int], after: tuple[int, int, int], keeps: bool) -> None:
     """Look for escaped values after a call that may keep some, or left other objects behind than those it returned.
 
-    Where the collector is switched off, what is young becomes ever more; beyond ``_MOST_YOUNG`` objects no look is taken.
+    Where the collector is switched off, what is young becomes ever more; beyond a number of objects no look is taken.
 
     Args:
         before: the collector's counts when the call began.
         after: the collector's counts now.
         keeps: whether the code of the function may keep a value, so that the counts prove nothing.
     """
-    if after[0] > _MOST_YOUNG:
+    if after[0] > (_MOST_YOUNG_WHERE_KEPT if keeps else _MOST_YOUNG):
         return
     whole = keeps or after[1] != before[1] or deaths.seen
     mark_escaped(None if whole else max(after[0] - before[0], 0) + _MARGIN, before)
 
 
 _MOST_YOUNG = 4096  # the collector runs at 700 (2,000 on newer Pythons) unless it is switched off
+_MOST_YOUNG_WHERE_KEPT = 50_000
 _MARGIN = 64  # how many objects from before the call are taken to have died during it, at most
 
 
