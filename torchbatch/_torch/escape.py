@@ -59,7 +59,7 @@ def check(before: tuple[int, int, int], after: tuple[int, int, int], keeps: bool
     if after[0] > (_MOST_YOUNG_WHERE_KEPT if keeps else _MOST_YOUNG):
         return
     whole = keeps or after[1] != before[1] or deaths.seen
-    mark_escaped(_MOST_YOUNG if whole else max(after[0] - before[0], 0) + _MARGIN, before)
+    mark_escaped(None if whole else max(after[0] - before[0], 0) + _MARGIN, before)
 
 
 _MOST_YOUNG = 4096  # the collector runs at 700 (2,000 on newer Pythons) unless it is switched off
