@@ -59,7 +59,7 @@ def check(before: tuple[int, int, int], after: tuple[int, int, int], keeps: bool
     if after[0] > (_MOST_YOUNG_WHERE_KEPT if keeps else _MOST_YOUNG):
         return
     whole = keeps or after[1] != before[1] or deaths.seen
-    mark_escaped(None if whole else max(after[0] - before[0], 0) + _MARGIN, before)
+    mark_escaped(None if whole else max(after[0] - before[0], 0) + _MARGIN)
 
 
 _MOST_YOUNG = 4096  # the collector runs at 700 (2,000 on newer Pythons) unless it is switched off
@@ -87,17 +87,22 @@ _grown: list[weakref.ref[torch.Tensor]] = []  # per-sample tensors that the coll
 
 
 def _before_collection(phase: str, info: dict[str, int]) -> None:
-    if phase == "start" and levels.depth():
-        with contextlib.suppress(RecursionError):  # there is no room left to look, and the recursion ends in an error anyway
-            _grown.extend(weakref.ref(tensor) for tensor in _young())
+    """Note what is about to grow up; also between the end of a call and the look, when no level is open any more."""
+    if phase != "start":
+        return
+    with contextlib.suppress(RecursionError):  # there is no room left to look, and the recursion ends in an error anyway
+        if len(_grown) > _MOST_GROWN:
+            _grown[:] = [reference for reference in _grown if reference() is not None]
+        _grown.extend(weakref.ref(tensor) for tensor in _young())
 
 
+_MOST_GROWN = 1000
 gc.callbacks.append(_before_collection)
 
 
-def _young(newest: int | None = None, generation: int = 0) -> list[torch.Tensor]:
+def _young(newest: int | None = None) -> list[torch.Tensor]:
     """The wrapped tensors among the collector's youngest objects, which it keeps in the order in which they were made."""
-    things = gc.get_objects(generation=generation)
+    things = gc.get_objects(generation=0)
     return [
         thing
         for thing in (things if newest is None else things[-newest:])
@@ -119,25 +124,22 @@ _MOST_TYPES = 4096
 _may_escape = _MayEscape()
 
 
-def mark_escaped(newest: int | None = None, before: tuple[int, int, int] | None = None) -> int:
+def mark_escaped(newest: int | None = None) -> int:
     """Make every live tensor that is batched at a level that is closed an :class:`EscapedTensor`; how many there were.
 
     Args:
         newest: how many of the youngest objects to look at; None looks at all.
-        before: the collector's counts when the call began. If it ran since, what was young may have grown up just now.
     """
     if _busy_elsewhere():
         return 0
     open_levels = levels.depth()
     deaths.seen = False
-    grown = [tensor for tensor in (reference() for reference in (*_grown, *local.given_room)) if tensor is not None]
+    found = _young(newest)  # first, since the collector may run even here, and then ``_grown`` has what it moved
+    found += [tensor for tensor in (reference() for reference in (*_grown, *local.given_room)) if tensor is not None]
     if not open_levels:
         _grown.clear()
         local.given_room.clear()
-    grown += _young(newest)
-    if before is None or counts()[1:] != before[1:]:
-        grown += _young(generation=1)
-    dead = {id(tensor): tensor for tensor in grown if _is_dead(tensor, open_levels)}
+    dead = {id(tensor): tensor for tensor in found if _is_dead(tensor, open_levels)}
     if not dead or _busy_elsewhere():
         return 0
     for tensor in dead.values():
