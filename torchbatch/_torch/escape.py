@@ -16,7 +16,10 @@ Private names used, seen on torch 2.11, 2.13 and 2.15: the folder ``torch/_funct
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import itertools
+import operator
 import os
 import sys
 import threading
@@ -101,27 +104,23 @@ gc.callbacks.append(_before_collection)
 
 
 def _young(newest: int | None = None) -> list[torch.Tensor]:
-    """The wrapped tensors among the collector's youngest objects, which it keeps in the order in which they were made."""
-    things = gc.get_objects(generation=0)
-    return [
-        thing
-        for thing in (things if newest is None else things[-newest:])
-        if _may_escape[type(thing)] and levels.is_wrapped(thing)
-    ]
+    """The wrapped tensors among the collector's youngest objects, which it keeps in the order in which they were made.
+
+    Among those objects are tuples that another thread is just filling, which must be referred to by nobody else when it goes
+    on. So nothing but tensors is ever held here while another thread may run: the whole selection is one call into C.
+    """
+    part = operator.itemgetter(slice(None if newest is None else -newest, None))
+    was_enabled = gc.isenabled()
+    gc.disable()  # a collection would run Python code in the middle
+    try:
+        tensors = list(filter(_is_tensor, itertools.chain.from_iterable(map(part, map(gc.get_objects, (0,))))))
+    finally:
+        if was_enabled:
+            gc.enable()
+    return [tensor for tensor in tensors if levels.is_wrapped(tensor)]
 
 
-class _MayEscape(dict[type, bool]):
-    """Whether objects of a type may be per-sample values: asked for each object, so remembered for each type."""
-
-    def __missing__(self, cls: type) -> bool:
-        if len(self) > _MOST_TYPES:
-            self.clear()
-        self[cls] = issubclass(cls, torch.Tensor) and cls is not EscapedTensor
-        return self[cls]
-
-
-_MOST_TYPES = 4096
-_may_escape = _MayEscape()
+_is_tensor = functools.partial(type.__instancecheck__, torch.Tensor)  # isinstance, without a step through Python
 
 
 def mark_escaped(newest: int | None = None) -> int:
