@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from torchbatch._torch import derivatives, wrappers
+from torchbatch._torch import derivatives, levels
 from torchbatch._torch.derivatives import jvp, value_and_gradient, vjp
 from torchbatch.transforms.vmap import vmap
 
@@ -60,7 +60,7 @@ def state():
     """All that a transform switches, and must put back."""
     functorch = torch._C._functorch
     return (
-        wrappers.depth(),
+        levels.depth(),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch._C._is_fwd_grad_enabled(),

@@ -1,7 +1,7 @@
-"""The wrappers that transforms put around a tensor: how many transforms are open, and what is inside a wrapper.
+"""The wrappers that transforms put around a tensor, and what is inside one.
 
-Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._functorch.get_dynamic_layer_stack_depth``,
-``maybe_get_level``, ``get_unwrapped``, ``unwrap_if_dead``.
+Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._functorch.maybe_get_level``, ``get_unwrapped``,
+``unwrap_if_dead``.
 """
 
 from __future__ import annotations
@@ -10,12 +10,6 @@ from collections.abc import Iterator
 
 import torch
 from torch._C import _functorch
-
-
-def depth() -> int:
-    """The number of transforms of PyTorch that are open now."""
-    found: int = _functorch.get_dynamic_layer_stack_depth()
-    return found
 
 
 def layers(tensor: torch.Tensor, level: int) -> Iterator[torch.Tensor]:

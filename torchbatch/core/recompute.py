@@ -19,7 +19,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from torchbatch._torch import derivatives, wrappers
+from torchbatch._torch import derivatives, levels, wrappers
 from torchbatch.core.argnums import alias, flatten, unflatten
 from torchbatch.core.derivative import is_inexact
 from torchbatch.errors import UnsupportedOperationError
@@ -62,7 +62,7 @@ class Swap(TorchFunctionMode):
         super().__init__()
         self.outer = _running.mode
         self.instead: dict[int, torch.Tensor] = {}
-        self.level = wrappers.depth()
+        self.level = levels.depth()
 
     def __enter__(self) -> Any:
         _running.mode = self
