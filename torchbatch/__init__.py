@@ -6,6 +6,7 @@ from torchbatch.transforms.checkpoint import checkpoint
 from torchbatch.transforms.eval_shape import ShapeDtypeStruct, eval_shape
 from torchbatch.transforms.grad import grad, jvp, linearize, stop_gradient, value_and_grad, vjp
 from torchbatch.transforms.jacobian import hessian, jacfwd, jacrev
+from torchbatch.transforms.jit import jit
 from torchbatch.transforms.modules import stack_modules
 from torchbatch.transforms.vmap import vmap
 
@@ -20,6 +21,7 @@ __all__ = [
     "hessian",
     "jacfwd",
     "jacrev",
+    "jit",
     "jvp",
     "lax",
     "linearize",

@@ -20,6 +20,11 @@ EscapedValueError           ValueError, RuntimeError    a per-sample value is us
 GradientTypeError           TypeError                   ``grad`` & co.: output not scalar, dtype not differentiable
 GradientValueError          ValueError                  ``grad`` & co.: ``argnums``, tangents or shapes do not fit
 AxisNameError               ValueError, NameError       an axis name that no enclosing ``vmap`` defines
+StaticArgumentError         TypeError, ValueError       ``jit``: an argument must be static, or cannot be hashed
+LeakedTracerError           ValueError, RuntimeError    a value from inside a ``jit`` function is used after its trace
+DonatedBufferError          ValueError, RuntimeError    a tensor is used after ``donate_argnums`` gave its memory away
+CompilerError               RuntimeError                the compiler failed, or the machine has none
+RetraceWarning              UserWarning                 a ``jit`` function is traced again and again
 FallbackWarning             UserWarning                 an operator without a batching rule runs sample by sample
 ==========================  ==========================  ==========================================================
 
@@ -94,6 +99,26 @@ class GradientValueError(TorchbatchError, ValueError):
 
 class AxisNameError(TorchbatchError, ValueError, NameError):
     """An axis name that no enclosing ``vmap`` defines."""
+
+
+class StaticArgumentError(TorchbatchError, TypeError, ValueError):
+    """An argument of a jit function has to be static and is not, or is static and cannot be."""
+
+
+class DonatedBufferError(TorchbatchError, ValueError, RuntimeError):
+    """A tensor was used after its memory had been given to a jit function."""
+
+
+class CompilerError(TorchbatchError, RuntimeError):
+    """The compiler failed, or there is none on this machine."""
+
+
+class LeakedTracerError(TorchbatchError, ValueError, RuntimeError):
+    """A value from inside a function that was traced was used after the trace."""
+
+
+class RetraceWarning(UserWarning):
+    """A jit function is traced again and again, each time for other arguments."""
 
 
 class FallbackWarning(UserWarning):

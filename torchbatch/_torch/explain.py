@@ -1,7 +1,9 @@
 """What PyTorch says when a function cannot be run for all samples at once, said again in terms of the user's own line.
 
 The patterns are texts of torch 2.11, 2.13 and 2.15. Private names used: those of :mod:`torchbatch._torch.levels`; the
-attribute ``_torchdynamo_orig_callable`` and ``torch._dynamo.OptimizedModule._orig_mod`` of compiled functions.
+attribute ``_torchdynamo_orig_callable`` and ``torch._dynamo.OptimizedModule._orig_mod`` of compiled functions;
+``torch._subclasses.fake_tensor.DataDependentOutputException``, ``DynamicOutputShapeException``;
+``torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode``.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from torchbatch._torch import caller, levels
 from torchbatch.errors import (
@@ -212,6 +216,48 @@ def explain(error: Exception, shared: Callable[[], Mapping[str, torch.Tensor]]) 
         match = rule.pattern.search(text)
         if match is not None and (type(error) in (RuntimeError, NotImplementedError, ValueError)):
             return rule.error(rule.text.format(*match.groups()) + _line(where))
+    return None
+
+
+_TRACE_RULES = _rules(
+    (
+        r"_local_scalar_dense|get value out of a tracing tensor|data-dependent|is_nonzero|Could not (guard|extract)",
+        DataDependentError,
+        """Python needs a value here (an if, a while, a range, a size, .item(), int(), float()), but {fun} is being traced, and
+        the value is only known when it runs. Choose with torch.where(condition, a, b); or make the argument that it comes from
+        static: jit(…, static_argnames=…).""",
+    ),
+    (
+        r"aten\.(equal|allclose)\b",
+        DataDependentError,
+        """Python needs one True or False from comparing tensors, but {fun} is being traced. Use (a == b).all(), which stays a
+        tensor.""",
+    ),
+    (
+        r"aten\.(\w+)\.\w+|dynamic (output )?shape",
+        DataDependentError,
+        "The shape of what is computed here depends on values, which {fun} does not have while it is traced. " + FIXED_SHAPES,
+    ),
+    (
+        r"data pointer|numpy\(\)|doesn't have storage|\.tolist\(\)",
+        DataDependentError,
+        """The memory of a tensor is asked for (.numpy(), NumPy functions, .tolist(), pickle), but {fun} is being traced, and there
+        are no numbers yet. Use torch operations inside the function, and convert its result.""",
+    ),
+)
+
+
+def explain_trace(error: Exception, fun: str) -> TorchbatchError | None:
+    """The error to raise instead of one that came out of a trace of ``fun``, or None if it is not about tracing."""
+    if _is_users_own(error):
+        return None
+    about_values = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
+    if not about_values and type(error) not in (RuntimeError, TypeError, GuardOnDataDependentSymNode):
+        return None
+    where = _user_frame(error.__traceback__) or _calling_frame()
+    for rule in _TRACE_RULES:
+        if rule.pattern.search(str(error)) and (about_values or "aten" not in rule.pattern.pattern[:4]):
+            return rule.error(rule.text.format(fun=fun) + _line(where))
     return None
 
 

@@ -1,0 +1,351 @@
+"""Trace a flat function to a graph of plain aten operations, with the tensors that it closes over as further inputs.
+
+The function runs once, on fake tensors, below every transform that it uses: what is recorded are the operations that reach
+the device. Where something requires a gradient, the backward pass is recorded in the same run, as autograd runs it, so that
+``no_grad``, ``detach`` and a custom ``autograd.Function`` mean what they mean. In-place writes are taken out in a second run,
+over the graph; what is written to an input becomes a ``copy_`` at the end.
+
+Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch.fx.experimental.proxy_tensor.make_fx``, ``get_proxy_mode``;
+``torch._subclasses.fake_tensor.FakeTensor``, ``FakeTensorMode``; ``torch.fx.experimental.symbolic_shapes``'s ``ShapeEnv``,
+``StatelessSymbolicContext``, ``DimDynamic``; ``torch._guards.active_fake_mode``;
+``torch.utils._python_dispatch._disable_current_modes``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from torchbatch._torch import levels
+from torchbatch._torch.open_sizes import OpenSizes
+from torchbatch.errors import LeakedTracerError, UnsupportedOperationError
+
+Flat = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+_aten = torch.ops.aten
+
+
+class Trace(NamedTuple):
+    """A function as a graph without in-place writes.
+
+    ``graph`` takes the inputs, then the captured tensors, then one tangent for each output that requires a gradient. It
+    returns the outputs, then the new values of what is ``mutated``, then a gradient for each of ``wanted``.
+    """
+
+    graph: GraphModule
+    examples: list[torch.Tensor]  # fake, one for each input of the graph
+    mode: FakeTensorMode  # that of the examples
+    captured: list[torch.Tensor]
+    outputs: int
+    differentiable: list[int]  # which outputs require a gradient
+    wanted: list[int]  # which inputs and captured tensors get one
+    mutated: list[int]  # which inputs and captured tensors are written in place
+    sizes: OpenSizes | None  # what is known of the sizes that were left open
+
+
+class _Tracing(threading.local):
+    active: bool = False
+
+
+_tracing = _Tracing()
+
+
+def is_tracing() -> bool:
+    """Whether a function is being traced in this thread: by jit, or by PyTorch's make_fx."""
+    return _tracing.active or get_proxy_mode() is not None
+
+
+@contextlib.contextmanager
+def _tracing_here() -> Iterator[None]:
+    _tracing.active = True
+    try:
+        yield
+    finally:
+        _tracing.active = False
+
+
+def trace(
+    flat: Flat,
+    inputs: Sequence[torch.Tensor],
+    *,
+    gradients: bool,
+    open_axes: Sequence[Sequence[int]] | None = None,
+    keeps: bool = True,
+) -> Trace:
+    """Run ``flat`` once on fakes of ``inputs`` and record what it does.
+
+    Args:
+        flat: takes and returns flat lists of tensors.
+        inputs: plain tensors.
+        gradients: whether to record the backward pass too, if an output turns out to require a gradient.
+        open_axes: for each input the axes whose size is left open; None fixes all sizes.
+        keeps: whether the code of the function may keep a value, so that a search for leaked ones is worth its time.
+
+    Raises:
+        UnsupportedOperationError: captured tensors that require gradients depend on each other.
+    """
+    shapes = None if open_axes is None else ShapeEnv()
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=shapes is None)
+    fakes = [_fake(mode, value, open_axes[i] if open_axes else None) for i, value in enumerate(inputs)]
+    run = _Run(flat, gradients)
+    with _tracing_here(), mode:
+        recorded = make_fx(run, _DECLARED, _allow_fake_constant=True, record_stack_traces=True)(*fakes)
+    _lift(recorded, run.captured.fakes, run.tangents)
+    own_mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=shapes is None)
+    examples = _examples(recorded, own_mode)
+    if keeps:
+        run.captured.forget()
+        del fakes
+        _mark_leaked(mode)
+    return _finished(recorded, examples, own_mode, run)
+
+
+def _fake(mode: FakeTensorMode, value: torch.Tensor, open_axes: Sequence[int] | None) -> torch.Tensor:
+    if open_axes is None:
+        return mode.from_tensor(value, static_shapes=True)
+    sizes = [DimDynamic.DUCK if axis in open_axes else DimDynamic.STATIC for axis in range(value.dim())]
+    return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+
+def _batch_norm(*args: Any) -> Any:
+    """PyTorch's operator for batch norm does not declare that it writes into the running averages; this one does."""
+    tensor, weight, bias, mean, variance, training, *rest = args
+    if mean is None or not training:
+        return NotImplemented
+    return _aten._native_batch_norm_legit.default(tensor, weight, bias, mean, variance, training, *rest)
+
+
+def _cudnn_batch_norm(*args: Any) -> Any:
+    result = _aten.native_batch_norm.default(*args)
+    return (*result, args[0].new_zeros((0,), dtype=torch.uint8))
+
+
+_DECLARED = {_aten.native_batch_norm.default: _batch_norm, _aten.cudnn_batch_norm.default: _cudnn_batch_norm}
+
+
+class _Run:
+    """What is traced: the function, and the gradients of what it returns."""
+
+    def __init__(self, flat: Flat, gradients: bool) -> None:
+        self.flat, self.gradients = flat, gradients
+        self.outputs = self.tangents = 0
+        self.differentiable: list[int] = []
+        self.wanted: list[int] = []  # positions among the inputs
+        self.captured = _Captured()
+
+    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        with self.captured:
+            outputs = [self._own_memory(value, inputs) for value in self.flat(inputs)]
+        self.outputs = len(outputs)
+        if self.gradients:
+            self.differentiable = [i for i, value in enumerate(outputs) if value.requires_grad]
+        gradients = self._gradients([outputs[i] for i in self.differentiable], inputs) if self.differentiable else []
+        return [*(value.detach() for value in outputs), *gradients]
+
+    def _gradients(self, results: list[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """A gradient for each source, and the tangents from which they are computed."""
+        with torch.no_grad():
+            tangents = [torch.empty_like(value, memory_format=torch.contiguous_format) for value in results]
+        self.tangents = len(tangents)
+        sources = [*inputs, *self.captured.tensors]
+        self.wanted = [i for i, value in enumerate(sources) if value.requires_grad]
+        _check_independent([value for value in self.captured.tensors if value.requires_grad])
+        with self.captured:
+            found = _autograd_grad(results, [sources[i] for i in self.wanted], tangents)
+        return [*found, *tangents]
+
+    def _own_memory(self, value: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """A copy, where an output would share memory with something that exists outside: as in JAX, outputs are new values."""
+        if type(value) is not FakeTensor:
+            return value.clone()
+        outside = (*inputs, *self.captured.fakes)
+        return value.clone() if any(levels.share_memory(value, other) for other in outside) else value
+
+
+def _autograd_grad(
+    results: list[torch.Tensor], sources: list[torch.Tensor], tangents: list[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(results, sources, tangents, allow_unused=True, materialize_grads=True)
+
+
+class _Captured(TorchDispatchMode):
+    """Puts a fake in the place of each tensor from outside, and remembers both in the order in which they were met.
+
+    Otherwise what is done to such tensors alone would be done at once, and once only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[torch.Tensor] = []
+        self.fakes: list[torch.Tensor] = []
+        self._known: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LIFTS:  # a constant that torch.tensor makes of Python numbers, and not one from outside
+            return func(*args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._fake, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def forget(self) -> None:
+        """Let go of the fakes."""
+        self.fakes.clear()
+        self._known.clear()
+
+    def _fake(self, value: torch.Tensor) -> torch.Tensor:
+        if type(value) is FakeTensor:
+            return value
+        known = self._known.get(id(value))
+        if known is None:
+            mode: Any = active_fake_mode()
+            with _disable_current_modes():
+                known = mode.from_tensor(value.detach(), static_shapes=True)
+            self._known[id(value)] = known
+            self.tensors.append(value)
+            self.fakes.append(known)
+        return known
+
+
+def _check_independent(captured: Sequence[torch.Tensor]) -> None:
+    """Autograd would follow one captured tensor through the other, and count its gradient twice."""
+    inner = {value.grad_fn: value for value in captured if value.grad_fn is not None}
+    leaves = {id(value) for value in captured if value.grad_fn is None}
+    seen, left = set(), [node for function in inner for node, _ in function.next_functions]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in inner or id(getattr(node, "variable", None)) in leaves:
+            raise UnsupportedOperationError(
+                "jit: the function closes over a tensor that requires a gradient, and over another one that was computed "
+                "from it. Compute the second inside the function, or pass it as an argument."
+            )
+        left += [following for following, _ in node.next_functions]
+
+
+_LIFTS = (_aten.lift_fresh_copy.default, _aten.lift_fresh.default)
+
+
+def _lift(module: GraphModule, captured: list[torch.Tensor], tangents: int) -> None:
+    """Make inputs of the captured tensors, and of the last ``tangents`` outputs."""
+    graph = module.graph
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    uses: dict[int, list[Node]] = {id(fake): [] for fake in captured}
+    for node in graph.find_nodes(op="get_attr"):
+        uses.get(id(getattr(module, str(node.target))), []).append(node)
+    with graph.inserting_before(first):
+        for i, fake in enumerate(captured):
+            _replace(uses[id(fake)], graph.placeholder(f"captured_{i}"), fake)
+        output = graph.output_node()
+        results = list(output.args[0])
+        for i, node in enumerate(results[len(results) - tangents :]):
+            _replace([node], graph.placeholder(f"tangents_{i}"), node.meta["val"])
+    output.args = (results[: len(results) - tangents],)
+    module.recompile()
+
+
+def _replace(nodes: Sequence[Node], placeholder: Node, value: torch.Tensor) -> None:
+    placeholder.meta["val"] = value
+    for node in nodes:
+        node.replace_all_uses_with(placeholder)
+        node.graph.erase_node(node)
+
+
+def _examples(module: GraphModule, mode: FakeTensorMode) -> list[torch.Tensor]:
+    """A fake for each input of a graph, without autograd and apart from those of the trace."""
+    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    with mode:
+        return [
+            torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device) for value in values
+        ]
+
+
+def _finished(
+    recorded: GraphModule,
+    examples: list[torch.Tensor],
+    mode: FakeTensorMode,
+    run: _Run,
+) -> Trace:
+    with torch.no_grad(), mode:
+        functional = torch.func.functionalize(Interpreter(recorded).run)
+        with torch.fx.traceback.preserve_node_meta():
+            module = make_fx(functional, _allow_non_fake_inputs=True)(*examples)
+    for node in module.graph.nodes:
+        if node.target in (_aten.detach.default, _aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+    mutated = _return_new_values(module.graph, run.outputs)
+    module.graph.eliminate_dead_code(_has_effect)
+    module.recompile()
+    inputs = examples[: len(examples) - run.tangents - len(run.captured.tensors)]
+    sizes = None if mode.shape_env is None else OpenSizes(inputs, mode.shape_env)
+    return Trace(module, examples, mode, run.captured.tensors, run.outputs, run.differentiable, run.wanted, mutated, sizes)
+
+
+def written_in_place(trace: Trace) -> GraphModule:
+    """The graph of a trace without gradients, which writes the new values of its inputs itself instead of returning them."""
+    if not trace.mutated:
+        return trace.graph
+    module = GraphModule(trace.graph, copy.deepcopy(trace.graph.graph))
+    graph = module.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    output = graph.output_node()
+    results = list(output.args[0])
+    with graph.inserting_before(output):
+        for position, value in zip(trace.mutated, results[trace.outputs :], strict=True):
+            graph.call_function(_aten.copy_.default, (placeholders[position], value))
+    output.args = (results[: trace.outputs],)
+    module.recompile()
+    return module
+
+
+def _return_new_values(graph: Graph, outputs: int) -> list[int]:
+    """Make further outputs of what is copied into inputs at the end; the positions of these inputs."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    written = {}
+    for node in list(graph.nodes):
+        if node.target is _aten.copy_.default and node.args[0] in placeholders:
+            written[placeholders.index(node.args[0])] = node.args[1]
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
+    output = graph.output_node()
+    results = list(output.args[0])
+    output.args = ([*results[:outputs], *written.values(), *results[outputs:]],)
+    return list(written)
+
+
+def _has_effect(node: Node) -> bool:
+    """Whether an operation does more than return its value; a draw moves the generator on, also if nobody reads it."""
+    return node.is_impure() or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+class LeakedTensor(torch.Tensor):
+    """What is left of a value of a trace that was kept beyond it: every use is an error."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise LeakedTracerError(
+            "a value from inside a jit function is used after it was traced: it leaked through a global, a closure, a list or "
+            "an attribute, and holds no numbers. Return it from the function instead."
+        )
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return "<value leaked from a traced function>"
+
+
+def _mark_leaked(mode: FakeTensorMode) -> None:
+    """Make unusable what is still alive of the fake tensors of a trace that is over."""
+    for value in [value for value in gc.get_objects() if type(value) is FakeTensor]:
+        if value.fake_mode is mode:
+            value.__class__ = LeakedTensor

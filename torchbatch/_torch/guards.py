@@ -1,0 +1,69 @@
+"""Whether a call is like one that was seen before, asked in C++: tensors, and the state that operations depend on.
+
+``TensorGuards`` compares class, dtype, device, shape, strides, ``requires_grad`` and the dispatch keys, which tell that a
+transform or a mode is active. ``GlobalStateGuard`` compares grad mode, autocast, default dtype, threads and the like.
+
+Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._dynamo.guards.TensorGuards``, ``GlobalStateGuard``;
+``torch.utils._python_dispatch._len_torch_dispatch_stack``; ``torch.utils._device.DeviceContext``;
+``torch.autograd.forward_ad._current_level``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+from torchbatch._torch import graphs, levels
+
+_guards: Any = torch._C._dynamo.guards  # type: ignore[attr-defined]
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack  # type: ignore[attr-defined]
+_function_mode_at: Callable[[int], Any] = torch._C._get_function_stack_at  # type: ignore[attr-defined]
+
+
+def tensors_like(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    """A function that tells whether as many other tensors are like these, and all distinct.
+
+    Raises:
+        TypeError: (the function) it is given another number of tensors.
+    """
+    check: Callable[..., bool] = _guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    return check
+
+
+def state_like_now() -> Callable[[], bool]:
+    """A function that tells whether the state of PyTorch is what it is now."""
+    same: Callable[[], bool] = _guards.GlobalStateGuard().check
+    modes = _function_modes()
+    if modes == 0:
+        return lambda: same() and not _function_modes() and forward_ad._current_level < 0
+    return lambda: False  # a default device is set as a mode, and such modes are compared one by one
+
+
+def state() -> dict[str, Any]:
+    """What the result of a function may depend on beside its arguments."""
+    devices = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return {
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": tuple((kind, str(torch.get_autocast_dtype(kind))) for kind in devices),
+        "default dtype": str(torch.get_default_dtype()),
+        "default device": str(torch.get_default_device()),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "float32 matmul precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def inside_other() -> bool:
+    """Whether a transform, a trace or a mode is at work here that has to see each operation."""
+    return (
+        levels.depth() > 0
+        or graphs.is_tracing()
+        or _len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or any(not isinstance(_function_mode_at(i), DeviceContext) for i in range(_function_modes()))
+    )

@@ -1,0 +1,123 @@
+"""Hand a graph to Inductor, the compiler behind torch.compile, and get a function of a list of tensors.
+
+What is called in the end is the generated wrapper itself: nothing of torch.compile stands between, since the caller has made
+sure that the tensors are of the kind that the graph was compiled for.
+
+This module takes two seconds to import, so it is imported with the first compilation.
+
+Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._inductor.compile_fx.compile_fx``, ``compile_fx_inner``;
+``torch._inductor.config``, ``list_mode_options``, ``list_options``; ``torch._inductor.decomposition.select_decomp_table``;
+``torch._inductor.exc.InvalidCxxCompiler``; ``torch._functorch.partitioners.min_cut_rematerialization_partition``;
+``torch._guards.TracingContext``, ``tracing``; the attributes ``current_callable`` and ``source_code`` of a compiled graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
+from torch._inductor import config, list_mode_options, list_options
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.exc import InvalidCxxCompiler
+from torch.fx import GraphModule, Interpreter
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from torchbatch._torch.graphs import Trace
+from torchbatch.errors import AxisSpecError, CompilerError
+
+Run = Callable[[list[torch.Tensor]], Sequence[Any]]
+
+# The call has been checked already, and draws are to be those of PyTorch's own operators.
+_OURS = {"size_asserts": False, "fallback_random": True}
+
+
+class Code(NamedTuple):
+    """A compiled graph: ``run`` takes a list of tensors, and empties it; ``source`` is the generated Python and C++."""
+
+    run: Run
+    source: str
+
+
+def settings(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Inductor's settings for the ``mode`` and the ``options`` of torch.compile.
+
+    Raises:
+        AxisSpecError: there is no such mode or option.
+    """
+    known = list_options()
+    for name in options or {}:
+        if name.replace("-", "_") not in known:
+            raise AxisSpecError(f"jit: options has no entry {name!r}. torch._inductor.list_options() lists those that exist.")
+    try:
+        found = list_mode_options(mode) if mode is not None else {}
+    except RuntimeError as error:
+        raise AxisSpecError(f"jit: {error}") from None
+    given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
+    return {**_OURS, **found, **given}
+
+
+def compile_graph(module: GraphModule, examples: Sequence[torch.Tensor], trace: Trace, patches: Mapping[str, Any]) -> Code:
+    """Compile a graph for inputs like ``examples``.
+
+    Raises:
+        CompilerError: the compiler failed, or there is none.
+    """
+    made: list[Any] = []
+
+    def inner(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        made.append(compile_fx_inner(graph, inputs, **kwargs))
+        return made[-1]
+
+    own = GraphModule(module, copy.deepcopy(module.graph))  # the compiler changes what it is given
+    try:
+        with torch.no_grad(), config.patch(dict(patches)), tracing(TracingContext(trace.mode)):
+            whole: Any = compile_fx(own, list(examples), inner_compile=inner)
+    except Exception as error:
+        raise _explained(error) from error
+    code = made[-1]
+    if len(made) == 1 and _is_plain(code):
+        return Code(code.current_callable, code.source_code)
+    return Code(lambda values: whole(*values), getattr(code, "source_code", ""))
+
+
+def _is_plain(code: Any) -> bool:
+    return getattr(code, "current_callable", None) is not None
+
+
+def _explained(error: BaseException) -> CompilerError:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InvalidCxxCompiler):
+            return CompilerError(
+                "jit: there is no C++ compiler on this machine, which Inductor needs for the CPU. Install g++ or clang (or set "
+                'CXX to one), or run the traced operations as they are with jit(…, backend="eager").'
+            )
+        cause = getattr(cause, "inner_exception", None) or cause.__cause__ or cause.__context__
+    text = " ".join(str(error).split())[:300]
+    return CompilerError(
+        f'jit: Inductor failed: {type(error).__name__}: {text}. jit(…, backend="eager") runs the traced operations without it.'
+    )
+
+
+def partition(trace: Trace, decompose: bool) -> tuple[GraphModule, GraphModule]:
+    """The forward and the backward graph of a trace with gradients.
+
+    The forward graph returns the outputs and new values, then what the backward graph needs; that one takes those, then the
+    tangents.
+    """
+    table = select_decomp_table() if decompose else None
+    with torch.no_grad(), trace.mode:
+        joint = make_fx(Interpreter(trace.graph).run, table)(*trace.examples)
+    placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"]
+    for i, node in enumerate(placeholders):
+        primal = len(placeholders) - i > len(trace.differentiable)
+        node.target = node.name = f"primals_{i}" if primal else f"tangents_{i}"
+    joint.recompile()
+    outputs = trace.outputs + len(trace.mutated)
+    with config.patch(_OURS), tracing(TracingContext(trace.mode)):
+        return min_cut_rematerialization_partition(joint, trace.examples, num_fwd_outputs=outputs)

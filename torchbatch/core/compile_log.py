@@ -1,0 +1,94 @@
+"""Say when a function is traced and why, and that a compilation takes long."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+from torchbatch.errors import RetraceWarning
+
+logger = logging.getLogger("torchbatch.jit")
+_MANY = 8
+_PATIENCE = 2.0  # seconds of silence on a terminal
+
+
+def _to_stderr() -> None:
+    """With TORCHBATCH_LOG_COMPILES=1 what is logged is shown, whatever the program does with its loggers."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("torchbatch: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+if os.environ.get("TORCHBATCH_LOG_COMPILES", "0") not in ("", "0"):
+    _to_stderr()
+
+
+def traced(name: str, known: Sequence[Mapping[str, str]], new: Mapping[str, str]) -> None:
+    """Log that a function is traced for a call described by ``new``, and how it differs from what was ``known``.
+
+    Warns:
+        RetraceWarning: it is the ninth kind of call.
+    """
+    if not known:
+        logger.info("tracing %s: the first call", name)
+        return
+    reason = difference(known, new)
+    logger.info("tracing %s again (%d. signature): %s", name, len(known) + 1, reason)
+    if len(known) == _MANY:
+        warnings.warn(
+            f"jit: {name} is traced for the {len(known) + 1}th time, each for another kind of call; the last one because of "
+            f"{reason}. Each trace is compiled and kept. If a size changes, pad it or use jit(…, dynamic=True); if a static "
+            f"argument does, pass it as a tensor. TORCHBATCH_LOG_COMPILES=1 shows each reason.",
+            RetraceWarning,
+            stacklevel=5,
+        )
+
+
+def difference(known: Sequence[Mapping[str, str]], new: Mapping[str, str]) -> str:
+    """In what a call differs from the known one that is nearest to it."""
+    return min((_changes(old, new) for old in reversed(known)), key=len_of_changes, default="")
+
+
+def len_of_changes(text: str) -> int:
+    """How many changes a text names."""
+    return text.count(" -> ")
+
+
+def _changes(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    names = [*new, *(name for name in old if name not in new)]
+    parts = [
+        f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}" for name in names if old.get(name) != new.get(name)
+    ]
+    return "; ".join(parts) or "the structure of the arguments or a captured tensor changed"
+
+
+@contextlib.contextmanager
+def compiling(name: str) -> Iterator[None]:
+    """Log how long a compilation takes; on a terminal, show a line while it does if it is long."""
+    started, done = time.perf_counter(), threading.Event()
+    shown = sys.stderr.isatty()
+    if shown:
+        threading.Thread(target=_show, args=(name, started, done), daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+        logger.info("compiled %s in %.2f s", name, time.perf_counter() - started)
+
+
+def _show(name: str, started: float, done: threading.Event) -> None:
+    if done.wait(_PATIENCE):
+        return
+    while not done.wait(0.2):
+        sys.stderr.write(f"\rtorchbatch: compiling {name} … {time.perf_counter() - started:.0f} s")
+        sys.stderr.flush()
+    sys.stderr.write("\r\033[K")
+    sys.stderr.flush()

@@ -1,0 +1,182 @@
+"""A trace as something that runs: compiled or replayed, with and without gradients."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from torchbatch._torch import graphs, guards
+from torchbatch._torch.graphs import Trace
+from torchbatch.core import compile_log
+from torchbatch.core.describe import function_name
+from torchbatch.core.program import Program, one_at_a_time
+from torchbatch.core.signature import Call
+from torchbatch.errors import AxisSpecError, UnsupportedOperationError
+
+Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
+Build = Callable[[GraphModule, Sequence[torch.Tensor]], tuple[Run, str]]
+
+
+@functools.cache
+def compiler() -> Any:
+    """The module that stands for Inductor, which takes two seconds to import."""
+    return importlib.import_module("torchbatch._torch.inductor")
+
+
+class Backend:
+    """What makes a callable of a graph.
+
+    Args:
+        name: ``"inductor"``; ``"eager"``, which replays the operations; or a function of a graph and its inputs, as
+            torch.compile takes it.
+        mode, options: those of torch.compile.
+    """
+
+    def __init__(self, name: Any, mode: str | None, options: Mapping[str, Any] | None) -> None:
+        if name not in ("inductor", "eager") and not callable(name):
+            raise AxisSpecError(f'jit: backend must be "inductor", "eager" or a function, but it is {name!r}.')
+        if (mode is not None or options) and name != "inductor":
+            raise AxisSpecError("jit: mode and options are settings of Inductor, so they go with backend='inductor'.")
+        self.name = name
+        self._settings = compiler().settings(mode, options) if mode is not None or options else None
+
+    def build(self, trace: Trace, module: GraphModule, examples: Sequence[torch.Tensor]) -> tuple[Run, str]:
+        """A function of a list of tensors, and the code that was generated for it."""
+        if self.name == "inductor":
+            if self._settings is None:
+                self._settings = compiler().settings(None, None)
+            found: tuple[Run, str] = compiler().compile_graph(module, examples, trace, self._settings)
+            return found
+        run = module.forward if self.name == "eager" else self.name(module, list(examples))
+        return (lambda values: run(*values)), module.code
+
+
+class Executable:
+    """A compiled program: ``run`` takes the flat tensors of a call and gives the flat outputs, ``finish`` their tree."""
+
+    def __init__(self, program: Program, backend: Backend) -> None:
+        self.trace = trace = program.trace
+        self.backend, self.name = backend, function_name(program.call.fun)
+        self.single, self.finish = program.single, program.structure.unflatten
+        self.captured = trace.captured
+        self.captured_same = functools.partial(guards.tensors_like(self.captured), *self.captured)
+        self.is_open = trace.sizes is not None
+        self._kind = program.call.key_of_open() if self.is_open else None
+        self._mutated = trace.mutated
+        self.source: list[str] = []
+        if trace.differentiable:
+            forward, self._backward_graph = compiler().partition(trace, decompose=backend.name == "inductor")
+            self._forward = self._build(forward, trace.examples[: len(trace.examples) - len(trace.differentiable)])
+            self.run: Run = self._run_differentiable
+        else:
+            self._forward = self._build(graphs.written_in_place(trace), trace.examples)
+            self.run = self._run_alone if trace.mutated or trace.captured or backend.name != "inductor" else self._forward
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether anything that goes in requires a gradient."""
+        return bool(self.trace.wanted)
+
+    def accepts(self, call: Call) -> bool:
+        """Whether a program with open sizes serves a call."""
+        sizes = self.trace.sizes
+        return sizes is not None and call.key_of_open() == self._kind and sizes.accept(call.values) and self.captured_same()
+
+    def _build(self, module: GraphModule, examples: Sequence[torch.Tensor]) -> Run:
+        run, source = self.backend.build(self.trace, module, examples)
+        self.source.append(source)
+        return run
+
+    def _run_alone(self, values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        values = [*values, *self.captured]
+        if not self._mutated:
+            with torch.no_grad():
+                return self._forward(values)
+        written = [values[i] for i in self._mutated]
+        _check_apart(written, values)
+        with torch.no_grad():
+            results = self._forward(values)
+        torch.autograd.graph.increment_version(written)
+        return results
+
+    def _run_differentiable(self, values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        inputs = [*values, *self.captured]
+        results = _Differentiable.apply(self, *inputs)
+        count = self.trace.outputs
+        with torch.no_grad():
+            for position, value in zip(self._mutated, results[count:], strict=True):
+                inputs[position].copy_(value)
+        return results[:count]  # type: ignore[no-any-return]
+
+    def forward(self, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], Sequence[Any]]:
+        """The outputs with the new values of inputs, and what the backward pass needs."""
+        results = self._forward(list(inputs))
+        count = self.trace.outputs + len(self.trace.mutated)
+        return results[:count], results[count:]
+
+    @functools.cached_property
+    def backward(self) -> Run:
+        """The compiled backward pass; it is compiled when it is first needed."""
+        graph = self._backward_graph
+        with one_at_a_time, compile_log.compiling(f"the backward pass of {self.name}"):
+            return self._build(graph, [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")])
+
+
+class _Differentiable(torch.autograd.Function):
+    """Ties the compiled forward and backward pass into autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, executable: Executable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        results, saved = executable.forward(inputs)
+        ctx.executable = executable
+        ctx.save_for_backward(*(value for value in saved if isinstance(value, torch.Tensor)))
+        ctx.others = [None if isinstance(value, torch.Tensor) else value for value in saved]
+        wanted = set(executable.trace.differentiable)
+        ctx.mark_non_differentiable(*(value for i, value in enumerate(results) if i not in wanted))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: torch.Tensor) -> Any:
+        executable: Executable = ctx.executable
+        trace = executable.trace
+        tensors = iter(ctx.saved_tensors)
+        saved = [next(tensors) if other is None else other for other in ctx.others]
+        with torch.no_grad():
+            found = executable.backward([*saved, *(tangents[i].contiguous() for i in trace.differentiable)])
+        if torch.is_grad_enabled():
+            found = _Once.apply(*found, *ctx.saved_tensors)[: len(found)]
+        gradients: list[Any] = [None] * (len(trace.examples) - len(trace.differentiable) + 1)
+        for position, value in zip(trace.wanted, found, strict=True):
+            gradients[position + 1] = value
+        return tuple(gradients)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: torch.Tensor) -> Any:
+        raise UnsupportedOperationError(
+            "jit: the gradient of a jit function is differentiated a second time by autograd (create_graph=True), but its "
+            "backward pass is compiled. Put the first derivative inside: jit(lambda x: torchbatch.grad(f)(x)…)."
+        )
+
+
+def _check_apart(written: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """A graph writes each input by itself, so what is written must not share memory with another input."""
+    for value in written:
+        start = value.untyped_storage().data_ptr()
+        if sum(other.untyped_storage().data_ptr() == start for other in values) > 1:
+            raise UnsupportedOperationError(
+                "jit: the function writes in place into an argument that shares memory with another one. Pass a copy of one "
+                "of them (.clone()), or return the new value instead."
+            )

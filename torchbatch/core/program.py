@@ -1,0 +1,103 @@
+"""A function traced for one kind of call: a graph, and the trees around it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchbatch._torch import explain, graphs
+from torchbatch._torch.graphs import Trace
+from torchbatch.core import tree
+from torchbatch.core.argnums import flatten
+from torchbatch.core.describe import function_name, shown
+from torchbatch.core.frames import in_scope
+from torchbatch.core.signature import Call
+from torchbatch.core.weak import WeakNumbers
+from torchbatch.core.writes import may_keep
+from torchbatch.errors import OutputTypeError, TorchbatchError
+
+# PyTorch's tracer and compiler keep state of the process, so one thread traces or compiles at a time. A function that is
+# traced may trace another one, in the same thread.
+one_at_a_time = threading.RLock()
+
+
+class Program:
+    """What one trace of a function gave.
+
+    Attributes:
+        trace: the graph and what goes into it.
+        structure: that of the output.
+    """
+
+    def __init__(self, call: Call, open_axes: Sequence[Sequence[int]] | None = None) -> None:
+        self.call = call
+        self.structure: tree.TreeDef
+        with one_at_a_time:
+            self.trace = self._traced(open_axes)
+        self.single = self.trace.outputs == 1 and self.structure == _LEAF
+
+    def _traced(self, open_axes: Sequence[Sequence[int]] | None) -> Trace:
+        gradients = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        keeps = may_keep(self.call.fun)
+        try:
+            return graphs.trace(self._flat, self.call.values, gradients=gradients, open_axes=open_axes, keeps=keeps)
+        except Exception as error:
+            if isinstance(error, TorchbatchError):
+                raise
+            clearer = explain.explain_trace(error, function_name(self.call.fun))
+            if clearer is None:
+                raise
+            raise clearer from error
+
+    def _flat(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        numbers = [inputs[i] for i in self.call.numbers]
+        args, kwargs = self.call.arguments(inputs)
+        weak = WeakNumbers(numbers)
+        with weak if numbers else nullcontext():
+            output = self.call.fun(*args, **kwargs)
+        leaves, self.structure = flatten(output)
+        return [self._tensor(leaf, i, weak) for i, leaf in enumerate(leaves)]
+
+    def _tensor(self, leaf: Any, index: int, weak: WeakNumbers) -> torch.Tensor:
+        if isinstance(leaf, torch.Tensor):
+            return weak.strong(leaf)
+        if isinstance(leaf, bool | int | float | complex):
+            return torch.tensor(leaf)
+        if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufc":
+            return torch.tensor(leaf)
+        name = tree.paths(self.structure.unflatten(range(self.structure.num_leaves)), "output")[index]
+        raise OutputTypeError(
+            f"jit: {name} of {function_name(self.call.fun)} is {shown(leaf)}, but every output must be an array or a number."
+        )
+
+
+_LEAF = flatten(0)[1]
+
+
+class _Recording(list[Any]):
+    """The stack of mapped axes, which remembers the sizes that were ever on it."""
+
+    def __init__(self, frames: Iterable[Any]) -> None:
+        super().__init__(frames)
+        self.sizes: set[int] = set()
+
+    def append(self, frame: Any) -> None:
+        self.sizes.add(int(frame[1]))
+        super().append(frame)
+
+
+def mapped_sizes(call: Call) -> set[int]:
+    """The sizes over which a function maps, found by tracing it once."""
+    before = in_scope.stack
+    recording = _Recording(before)
+    in_scope.stack = recording
+    try:
+        Program(call)
+    finally:
+        in_scope.stack = before
+    return recording.sizes

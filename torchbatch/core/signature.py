@@ -1,0 +1,248 @@
+"""The arguments of a call of a jit function: what is static, what is a tensor, and what tells two calls apart."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import operator
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from torchbatch._torch import guards
+from torchbatch.core import argnums, tree
+from torchbatch.core.describe import describe, function_name, shown
+from torchbatch.core.weak import WIDEST, as_weak
+from torchbatch.errors import StaticArgumentError, UnsupportedOperationError
+
+Statics = tuple[tuple[int | str, type, Hashable], ...]  # where it stands, its class (1 == True), the value
+
+
+class Call(NamedTuple):
+    """One call of a function."""
+
+    fun: Callable[..., Any]
+    values: list[torch.Tensor]  # the leaves of all arguments that are not static
+    numbers: tuple[int, ...]  # which of them were Python numbers
+    structure: tree.TreeDef  # of (positional arguments, keyword arguments) without the static ones
+    statics: Statics
+
+    def arguments(self, values: Iterable[torch.Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments with other values for the tensors."""
+        positional, keywords = self.structure.unflatten(values)
+        positional = list(positional)
+        for where, _, value in self.statics:
+            if isinstance(where, int):
+                positional.insert(where, value)
+            else:
+                keywords[where] = value
+        return positional, keywords
+
+    def names(self) -> list[str]:
+        """What messages call each leaf, e.g. ``params['w']``."""
+        positional, keywords = self.arguments([_LEAF] * len(self.values))
+        static = {where for where, _, _ in self.statics}
+        roots = {argnums.argument_name(self.fun, i): value for i, value in enumerate(positional) if i not in static}
+        roots |= {name: keywords[name] for name in sorted(keywords) if name not in static}
+        return argnums.leaf_names(list(roots), list(roots.values()))
+
+    def owners(self) -> list[int | str]:
+        """For each leaf the position or the name of the argument that it belongs to."""
+        static = {where for where, _, _ in self.statics}
+        positional, keywords = self.structure.children()
+        free = (i for i in itertools.count() if i not in static)
+        places = [*zip(free, positional.children(), strict=False), *zip(keywords.entries(), keywords.children(), strict=True)]
+        return [place for place, child in places for _ in range(child.num_leaves)]
+
+    @property
+    def kind(self) -> tuple[Hashable, ...]:
+        """The part of the key that does not depend on the tensors."""
+        return self.structure, self.numbers, self.statics
+
+    def key(self, grad_mode: bool | None = None) -> tuple[Hashable, ...]:
+        """Calls with equal keys are served by one trace; ``grad_mode`` asks for that in another mode than now."""
+        like = tuple((tuple(x.shape), x.dtype, x.device, x.stride(), x.requires_grad) for x in self.values)
+        state = guards.state()
+        if grad_mode is not None:
+            state["grad mode"] = grad_mode
+        return *self.kind, like, tuple(state.items())
+
+    def key_of_open(self) -> tuple[Hashable, ...]:
+        """The key without shapes and strides."""
+        like = tuple((x.dim(), x.dtype, x.device, x.requires_grad) for x in self.values)
+        return *self.kind, like, tuple(guards.state().items())
+
+    def described(self) -> dict[str, str]:
+        """The parts of the key, by name and in words."""
+        found = {f"argument {name}": self._described(i) for i, name in enumerate(self.names())}
+        found |= {f"static argument {_static_name(self.fun, where)}": repr(value) for where, _, value in self.statics}
+        return found | {name: str(value) for name, value in guards.state().items()}
+
+    def _described(self, index: int) -> str:
+        value = self.values[index]
+        if index in self.numbers:
+            return f"a {next(kind.__name__ for kind, dtype in WIDEST.items() if dtype is value.dtype)}"
+        details = [] if value.is_contiguous() else [f"strides {tuple(value.stride())}"]
+        details += ["requires_grad"] if value.requires_grad else []
+        details += [f"on {value.device}"] if value.device.type != "cpu" else []
+        return " ".join([describe(value), *details])
+
+
+class _Leaf:
+    """Stands for a leaf where only its place matters."""
+
+
+_LEAF = _Leaf()
+
+
+class StaticArguments:
+    """``static_argnums`` and ``static_argnames`` of a function, each completed from the other as in JAX.
+
+    Raises:
+        StaticArgumentError: they are no ints or names, or the function has no such argument.
+    """
+
+    def __init__(self, fun: Callable[..., Any], nums: Any, names: Any, option: str = "static_argnums") -> None:
+        self.fun, self._option = fun, option
+        parameters = _parameters(fun)
+        positional = [name for name, kind in parameters.items() if kind in _POSITIONAL]
+        given_nums = _as_tuple(nums, int, option)
+        given_names = _as_tuple(names, str, "static_argnames")
+        self.nums = self._complete_nums(given_nums, given_names, positional, parameters)
+        self.names = self._complete_names(given_nums, given_names, positional, parameters)
+
+    def _complete_nums(
+        self, nums: tuple[int, ...], names: tuple[str, ...], positional: list[str], parameters: Mapping[str, Any]
+    ) -> tuple[int, ...]:
+        starred = any(kind is inspect.Parameter.VAR_POSITIONAL for kind in parameters.values())
+        if parameters and not starred:
+            for num in nums:
+                if not -len(positional) <= num < len(positional):
+                    raise StaticArgumentError(
+                        f"jit: {self._option}={num} is out of range: {function_name(self.fun)} has {len(positional)} "
+                        f"positional argument(s): {', '.join(positional) or 'none'}."
+                    )
+            nums = tuple(num % len(positional) for num in nums)
+        return tuple(sorted({*nums, *(positional.index(name) for name in names if name in positional)}))
+
+    def _complete_names(
+        self, nums: tuple[int, ...], names: tuple[str, ...], positional: list[str], parameters: Mapping[str, Any]
+    ) -> frozenset[str]:
+        keywords = any(kind is inspect.Parameter.VAR_KEYWORD for kind in parameters.values())
+        for name in names:
+            if parameters and not keywords and name not in parameters:
+                raise StaticArgumentError(
+                    f"jit: static_argnames names {name!r}, but {function_name(self.fun)} has no such argument. It has: "
+                    f"{', '.join(parameters)}."
+                )
+        return frozenset({*names, *(positional[num] for num in nums if -len(positional) <= num < len(positional))})
+
+    def split(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Statics]:
+        """The arguments that are not static, and those that are.
+
+        Raises:
+            StaticArgumentError: a static argument cannot be hashed.
+        """
+        if not self.nums and not self.names:
+            return tuple(args), dict(kwargs), ()
+        where = [num if num >= 0 else num + len(args) for num in self.nums]
+        static: list[tuple[int | str, Any]] = [(i, args[i]) for i in where if 0 <= i < len(args)]
+        static += [(name, kwargs[name]) for name in sorted(self.names) if name in kwargs]
+        for place, value in static:
+            self._check_hashable(place, value)
+        positional = tuple([value for i, value in enumerate(args) if i not in where])
+        keywords = {name: value for name, value in kwargs.items() if name not in self.names}
+        return positional, keywords, tuple([(place, type(value), value) for place, value in static])
+
+    def _check_hashable(self, place: int | str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            raise StaticArgumentError(
+                f"jit: the static argument {_static_name(self.fun, place)} is a tensor, {describe(value)}. A static argument "
+                f"is a constant of the trace, and is compared by value: leave a tensor out of static_argnums and "
+                f"static_argnames."
+            )
+        try:
+            hash(value)
+        except TypeError:
+            raise StaticArgumentError(
+                f"jit: the static argument {_static_name(self.fun, place)} must be hashable, but it is {shown(value)}. Give a "
+                f"tuple in the place of a list, and a frozen dataclass or a tuple of pairs in that of a dict."
+            ) from None
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _parameters(fun: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return {parameter.name: parameter.kind for parameter in inspect.signature(fun).parameters.values()}
+    except (ValueError, TypeError):
+        return {}
+
+
+def _as_tuple(value: Any, kind: type, option: str) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    entries = (value,) if isinstance(value, kind) or hasattr(value, "__index__") else value
+    try:
+        found = tuple([operator.index(entry) if kind is int else entry for entry in entries])
+    except TypeError:
+        found = (None,)
+    if not all(isinstance(entry, kind) for entry in found):
+        noun = "ints" if kind is int else "names"
+        raise StaticArgumentError(f"jit: {option} must be one or several {noun}, but it is {shown(value)}.")
+    return found
+
+
+def _static_name(fun: Callable[..., Any], place: int | str) -> str:
+    return argnums.argument_name(fun, place) if isinstance(place, int) else place
+
+
+def bind(fun: Callable[..., Any], static: StaticArguments, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    """The arguments of a call, taken apart.
+
+    Raises:
+        StaticArgumentError: an argument is neither an array nor static, or static and not hashable.
+        UnsupportedOperationError: a tensor is of a class that holds other tensors, or sparse.
+    """
+    positional, keywords, statics = static.split(args, kwargs)
+    leaves, structure = argnums.flatten((positional, keywords))
+    numbers = tuple([i for i, leaf in enumerate(leaves) if type(leaf) in WIDEST])
+    call = Call(fun, leaves, numbers, structure, statics)
+    for i, leaf in enumerate(leaves):
+        if type(leaf) is not torch.Tensor:
+            leaves[i] = _as_tensor(leaf, call, i)
+        elif leaf.layout is not torch.strided or leaf.is_nested:
+            _check_plain(leaf, call, i)
+    return call
+
+
+def _as_tensor(leaf: Any, call: Call, index: int) -> torch.Tensor:
+    if type(leaf) in WIDEST:
+        return as_weak(leaf)
+    if isinstance(leaf, torch.Tensor):
+        _check_plain(leaf, call, index)
+        return leaf
+    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufc":
+        return torch.as_tensor(leaf)
+    name = call.names()[index]
+    root = name.partition("[")[0].partition(".")[0]
+    raise StaticArgumentError(
+        f"jit: argument {name} of {function_name(call.fun)} is {shown(leaf)}, which is not an array. Make it static, "
+        f"jit(…, static_argnames={root!r}), bind it with functools.partial, or let the function close over it."
+    )
+
+
+def _check_plain(leaf: torch.Tensor, call: Call, index: int) -> None:
+    dense = leaf.layout is torch.strided and not leaf.is_nested
+    if dense and type(leaf).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+        return
+    kind = type(leaf).__name__ if dense else f"a tensor of layout {leaf.layout}"
+    raise UnsupportedOperationError(
+        f"jit: argument {call.names()[index]} of {function_name(call.fun)} is a {kind}; jit takes plain dense tensors. Pass "
+        f"the tensors it is made of, and build it inside the function."
+    )

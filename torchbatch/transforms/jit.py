@@ -1,0 +1,294 @@
+"""``jit``: trace a function once for each kind of call, compile it, and run that."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from torchbatch._torch import donate, guards
+from torchbatch.core import compile_log, tree
+from torchbatch.core.argnums import flatten
+from torchbatch.core.axes import InAxes, open_arguments
+from torchbatch.core.describe import function_name
+from torchbatch.core.executable import Backend, Executable
+from torchbatch.core.program import Program, mapped_sizes, one_at_a_time
+from torchbatch.core.signature import Call, StaticArguments, bind
+from torchbatch.core.wrapper import Wrapper
+from torchbatch.errors import AxisSpecError, DonatedBufferError, StaticArgumentError
+from torchbatch.transforms.eval_shape import ShapeDtypeStruct
+from torchbatch.transforms.stages import Lowered
+from torchbatch.transforms.vmap import Vmapped
+
+_is_compiling = torch.compiler.is_compiling
+_TICKETS = 8  # how many kinds of calls are recognised without building their keys
+
+
+def jit(
+    fun: Callable[..., Any] | None = None,
+    *,
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+    donate_argnums: int | Sequence[int] | None = None,
+    backend: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool = False,
+) -> Any:
+    """Compile a function: it is traced once for each kind of call, and what was recorded is compiled and run.
+
+    ``fun`` must be a pure function of its arguments and of the tensors that it closes over. Python runs only while it is
+    traced. Every transform in it (:func:`vmap`, :func:`grad`, :mod:`torchbatch.lax`, ``torch.func``) is gone afterwards;
+    what remains is one flat graph.
+
+    Args:
+        fun: the function; without it, a decorator is returned.
+        static_argnums, static_argnames: positions and names of arguments that are constants of a trace, such as strings,
+            None, modules and sizes. They must be hashable; another value leads to another trace. Each of the two is
+            completed from the other.
+        donate_argnums: positions of arguments whose memory the function may reuse. The tensors cannot be used afterwards.
+        backend: ``"inductor"``, the compiler behind ``torch.compile``; ``"eager"``, which replays the recorded operations
+            without a compiler; or a function ``backend(graph, example_inputs)``, as ``torch.compile`` takes it.
+        mode, options: Inductor's settings, as in ``torch.compile``: ``mode="reduce-overhead"`` uses CUDA graphs,
+            ``mode="max-autotune"`` tries several kernels.
+        dynamic: whether the sizes of mapped axes are left open, so that one trace serves every batch size above 1.
+
+    Returns:
+        The compiled function, with ``lower``, ``clear_cache`` and ``cache_size`` as methods.
+
+    A *kind of call* is: the structure of the arguments; the shapes, dtypes, devices, strides and ``requires_grad`` of their
+    tensors; the static values; grad mode, autocast, the default dtype and device. Python numbers are traced as tensors without
+    dimensions, which give way to other dtypes as numbers do. A tensor that the function closes over is read anew at each call,
+    so an update in place is seen, and gradients flow to it. A captured Python value is a constant of the trace, as in JAX:
+
+    >>> import torch
+    >>> from torchbatch import jit
+    >>> scale = 2.0
+    >>> weights = torch.tensor([1.0, 2.0])
+    >>> @jit(backend="eager")
+    ... def scaled(x):
+    ...     return scale * (x @ weights)
+    >>> scaled(torch.ones(2))
+    tensor(6.)
+    >>> scale = 100.0  # not seen: it was 2.0 when the function was traced
+    >>> _ = weights.mul_(10)  # seen
+    >>> scaled(torch.ones(2))
+    tensor(60.)
+
+    Results are new tensors, which share no memory with arguments. Inside another transform, or another jit function, the
+    function itself runs: ``grad(jit(f))`` is ``grad(f)``.
+
+    Raises:
+        StaticArgumentError: an argument is neither an array nor static, or is static and not hashable.
+        DataDependentError: Python needs the value of a tensor (``if``, ``.item()``, a size).
+        OutputTypeError: an output is not an array.
+        LeakedTracerError, DonatedBufferError: a tensor is used that has no numbers any more.
+        CompilerError: the compiler fails, or there is none.
+        AxisSpecError: an option has the wrong type or spelling.
+
+    Example:
+        >>> from torchbatch import grad, vmap
+        >>> def loss(w, x, y):
+        ...     return (x @ w - y) ** 2
+        >>> per_example = jit(vmap(grad(loss), in_axes=(None, 0, 0)), backend="eager")
+        >>> per_example(torch.ones(2), torch.eye(2), torch.zeros(2))
+        tensor([[2., 0.],
+                [0., 2.]])
+
+    Source: ``jax.jit``; ``backend``, ``mode``, ``options`` and ``dynamic`` are those of ``torch.compile``.
+    """
+    options_ = (static_argnums, static_argnames, donate_argnums, backend, mode, options, dynamic)
+    if fun is None:
+        return functools.partial(Jitted, options=options_)
+    return Jitted(fun, options=options_)
+
+
+class Jitted(Wrapper):
+    """The compiled function that :func:`jit` returns."""
+
+    def __init__(self, fun: Callable[..., Any], options: tuple[Any, ...]) -> None:
+        if not callable(fun):
+            raise AxisSpecError(f"jit compiles a function, but it got {fun!r} of type {type(fun).__name__}.")
+        super().__init__(fun, options)
+        static_argnums, static_argnames, donate_argnums, backend, mode, settings, self._dynamic = options
+        self._static = StaticArguments(fun, static_argnums, static_argnames)
+        self._donated = _donated(fun, donate_argnums, self._static)
+        self._backend = Backend(backend, mode, settings)
+        self._cache = _Cache(function_name(fun))
+        self._first: _Ticket | None = None
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        if _is_compiling():
+            return self.__wrapped__(*args, **kwargs)
+        ticket = self._first
+        if ticket is not None and len(args) == ticket.count and not kwargs and ticket.check(*args) and ticket.same_state():
+            return ticket.run(args)
+        if guards.inside_other():
+            return self.__wrapped__(*args, **kwargs)
+        return self._general(args, kwargs)
+
+    def _general(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = bind(self.__wrapped__, self._static, args, kwargs)
+        ticket = self._cache.ticket(call)
+        entry = self._entry(call) if ticket is None else ticket.entry
+        if self._donated:
+            return entry.finish(entry.run(_take(call, self._donated)))
+        if ticket is None:
+            ticket = self._cache.add_ticket(call, entry)
+        self._first = ticket if ticket.is_bare else None
+        return entry.finish(entry.run(call.values))
+
+    def _entry(self, call: Call) -> Executable:
+        with one_at_a_time:
+            key = call.key()
+            entry = self._cache.find(key, call)
+            if entry is None:
+                self._cache.explain(call)
+                entry = self._compiled(call)
+                self._cache.store(key, call, entry)
+            return entry
+
+    def _compiled(self, call: Call) -> Executable:
+        with compile_log.compiling(function_name(self.__wrapped__)):
+            return Executable(self._program(call), self._backend)
+
+    def _program(self, call: Call) -> Program:
+        return Program(call, _open_axes(call) if self._dynamic else None)
+
+    def lower(self, /, *args: Any, **kwargs: Any) -> Lowered:
+        """Trace the function for arguments like these, without compiling it or running it on numbers.
+
+        Args:
+            args, kwargs: arguments of the function; a :class:`ShapeDtypeStruct` may stand for a tensor.
+        """
+        args, kwargs = tree.map_leaves(_as_example, (args, kwargs))
+        call = bind(self.__wrapped__, self._static, args, kwargs)
+        return Lowered(self._program(call), self._backend)
+
+    def clear_cache(self) -> None:
+        """Forget all traces."""
+        with one_at_a_time:
+            self._cache = _Cache(function_name(self.__wrapped__))
+            self._first = None
+
+    def cache_size(self) -> int:
+        """How many kinds of calls have been compiled."""
+        return self._cache.size
+
+
+class _Ticket:
+    """A kind of call that can be recognised quickly."""
+
+    __slots__ = ("check", "count", "entry", "is_bare", "kind", "run", "same_state")
+
+    def __init__(self, call: Call, entry: Executable) -> None:
+        captured = entry.captured
+        like = guards.tensors_like([*call.values, *captured])
+        self.kind = call.kind
+        self.check = (lambda *values: like(*values, *captured)) if captured else like
+        self.same_state = guards.state_like_now()
+        self.entry = entry
+        self.count = len(call.values)
+        self.is_bare = not call.numbers and not call.statics and call.structure == _bare(self.count)
+        run, finish = entry.run, entry.finish
+        if entry.single:
+            self.run: Callable[[tuple[Any, ...]], Any] = lambda args: run([*args])[0]
+        else:
+            self.run = lambda args: finish(run([*args]))
+
+
+@functools.cache
+def _bare(count: int) -> tree.TreeDef:
+    """The structure of a call with that many bare tensors."""
+    return flatten(((0,) * count, {}))[1]
+
+
+class _Cache:
+    """The compiled traces of a function: by key, and those with open sizes in a list."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._entries: dict[Hashable, Executable] = {}
+        self._open: list[Executable] = []
+        self._known: list[dict[str, str]] = []
+        self._tickets: tuple[_Ticket, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """How many traces there are."""
+        return len({id(entry) for entry in self._entries.values()}) + len(self._open)
+
+    def ticket(self, call: Call) -> _Ticket | None:
+        """What recognises a call, if anything does."""
+        kind = call.kind
+        for ticket in self._tickets:
+            if ticket.kind == kind and ticket.check(*call.values) and ticket.same_state():
+                return ticket
+        return None
+
+    def add_ticket(self, call: Call, entry: Executable) -> _Ticket:
+        """Recognise calls like this one from now on."""
+        made = _Ticket(call, entry)
+        self._tickets = (made, *self._tickets[: _TICKETS - 1])
+        return made
+
+    def find(self, key: Hashable, call: Call) -> Executable | None:
+        """The trace that serves a call."""
+        entry = self._entries.get(key)
+        if entry is not None and entry.captured_same():
+            return entry
+        return next((entry for entry in self._open if entry.accepts(call)), None)
+
+    def explain(self, call: Call) -> None:
+        """Log why a call needs a trace."""
+        described = call.described()
+        compile_log.traced(self._name, self._known, described)
+        self._known.append(described)
+
+    def store(self, key: Hashable, call: Call, entry: Executable) -> None:
+        """Keep a trace."""
+        if entry.is_open:
+            self._open.append(entry)
+            return
+        self._entries[key] = entry
+        if not entry.has_gradients:  # nothing requires one, so the trace serves both grad modes
+            self._entries[call.key(not torch.is_grad_enabled())] = entry
+
+
+def _open_axes(call: Call) -> list[list[int]]:
+    """For each tensor of a call the axes that are mapped, so far as can be told."""
+    if isinstance(call.fun, Vmapped):
+        args, kwargs = call.arguments(call.values)
+        mapped = open_arguments(InAxes(call.fun.options[0]), tuple(args), kwargs, call.fun)
+        axes = {id(value): axis for value, axis in zip(mapped.values, mapped.axes, strict=True)}
+        return [[axes[id(value)]] if id(value) in axes else [] for value in call.values]
+    sizes = mapped_sizes(call)
+    return [[axis for axis, size in enumerate(value.shape) if size in sizes] for value in call.values]
+
+
+def _donated(fun: Callable[..., Any], argnums: Any, static: StaticArguments) -> tuple[int, ...]:
+    if argnums is None:
+        return ()
+    donated = StaticArguments(fun, argnums, None, "donate_argnums").nums
+    both = sorted(set(donated) & set(static.nums))
+    if both:
+        raise StaticArgumentError(f"jit: argument {both[0]} cannot be both static and donated.")
+    return donated
+
+
+def _take(call: Call, donated: Sequence[int]) -> list[torch.Tensor]:
+    """The tensors of a call; those of the donated arguments are taken away from the caller."""
+    owners, names = call.owners(), call.names()
+    for i, value in enumerate(call.values):
+        if owners[i] in donated and sum(value is other for other in call.values) > 1:
+            raise DonatedBufferError(f"jit: argument {names[i]} is donated, but the same tensor is passed twice.")
+    return [
+        donate.take(value, names[i]) if owners[i] in donated else value for i, value in enumerate(call.values)
+    ]
+
+
+def _as_example(leaf: Any) -> Any:
+    """A tensor for a ShapeDtypeStruct; its numbers are never read."""
+    return torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device) if isinstance(leaf, ShapeDtypeStruct) else leaf
