@@ -241,8 +241,8 @@ _TRACE_RULES = _rules(
     (
         r"data pointer|numpy\(\)|doesn't have storage|\.tolist\(\)",
         DataDependentError,
-        """The memory of a tensor is asked for (.numpy(), NumPy functions, .tolist(), pickle), but {fun} is being traced, and there
-        are no numbers yet. Use torch operations inside the function, and convert its result.""",
+        """The memory of a tensor is asked for (.numpy(), NumPy functions, pickle, .data_ptr()), but {fun} is being traced, and
+        there are no numbers yet. Use torch operations inside the function, and convert its result.""",
     ),
 )
 

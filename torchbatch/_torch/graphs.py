@@ -7,7 +7,7 @@ over the graph; what is written to an input becomes a ``copy_`` at the end.
 
 Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch.fx.experimental.proxy_tensor.make_fx``, ``get_proxy_mode``;
 ``torch._subclasses.fake_tensor.FakeTensor``, ``FakeTensorMode``; ``torch.fx.experimental.symbolic_shapes``'s ``ShapeEnv``,
-``StatelessSymbolicContext``, ``DimDynamic``; ``torch._guards.active_fake_mode``;
+``StatelessSymbolicContext``, ``DimDynamic``; ``torch._guards.active_fake_mode``; ``torch._functorch.config``;
 ``torch.utils._python_dispatch._disable_current_modes``.
 """
 
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch._functorch import config as functorch_config
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
@@ -97,11 +98,13 @@ def trace(
         UnsupportedOperationError: captured tensors that require gradients depend on each other.
     """
     shapes = None if open_axes is None else ShapeEnv()
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=shapes is None)
+    with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=shapes is None)
     fakes = [_fake(mode, value, open_axes[i] if open_axes else None) for i, value in enumerate(inputs)]
     run = _Run(flat, gradients)
     with _tracing_here(), mode:
         recorded = make_fx(run, _DECLARED, _allow_fake_constant=True, record_stack_traces=True)(*fakes)
+    _check_backward([*fakes, *run.captured.tensors])
     _lift(recorded, run.captured.fakes, run.tangents)
     own_mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=shapes is None)
     examples = _examples(recorded, own_mode)
@@ -110,6 +113,18 @@ def trace(
         del fakes
         _mark_leaked(mode)
     return _finished(recorded, examples, own_mode, run)
+
+
+def _check_backward(tensors: Sequence[torch.Tensor]) -> None:
+    """Refuse a function that called ``backward()``, and take back what that left in the tensors."""
+    written = [value for value in tensors if value.is_leaf and type(value.grad) is FakeTensor]
+    for value in written:
+        value.grad = None
+    if written:
+        raise UnsupportedOperationError(
+            "jit: the function calls backward(), which leaves its result in .grad, outside of the function. Return gradients "
+            "instead: torchbatch.grad or torch.autograd.grad inside, or call backward() on the result of the jit function."
+        )
 
 
 def _fake(mode: FakeTensorMode, value: torch.Tensor, open_axes: Sequence[int] | None) -> torch.Tensor:
@@ -249,7 +264,7 @@ def _lift(module: GraphModule, captured: list[torch.Tensor], tangents: int) -> N
         for i, fake in enumerate(captured):
             _replace(uses[id(fake)], graph.placeholder(f"captured_{i}"), fake)
         output = graph.output_node()
-        results = list(output.args[0])
+        results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
         for i, node in enumerate(results[len(results) - tangents :]):
             _replace([node], graph.placeholder(f"tangents_{i}"), node.meta["val"])
     output.args = (results[: len(results) - tangents],)
@@ -286,7 +301,7 @@ def _finished(
         if node.target in (_aten.detach.default, _aten.alias.default):
             node.replace_all_uses_with(node.args[0])
     mutated = _return_new_values(module.graph, run.outputs)
-    module.graph.eliminate_dead_code(_has_effect)
+    module.graph.eliminate_dead_code(has_effect)
     module.recompile()
     inputs = examples[: len(examples) - run.tangents - len(run.captured.tensors)]
     sizes = None if mode.shape_env is None else OpenSizes(inputs, mode.shape_env)
@@ -301,7 +316,7 @@ def written_in_place(trace: Trace) -> GraphModule:
     graph = module.graph
     placeholders = graph.find_nodes(op="placeholder")
     output = graph.output_node()
-    results = list(output.args[0])
+    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     with graph.inserting_before(output):
         for position, value in zip(trace.mutated, results[trace.outputs :], strict=True):
             graph.call_function(_aten.copy_.default, (placeholders[position], value))
@@ -320,12 +335,12 @@ def _return_new_values(graph: Graph, outputs: int) -> list[int]:
             node.replace_all_uses_with(node.args[1])
             graph.erase_node(node)
     output = graph.output_node()
-    results = list(output.args[0])
+    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     output.args = ([*results[:outputs], *written.values(), *results[outputs:]],)
     return list(written)
 
 
-def _has_effect(node: Node) -> bool:
+def has_effect(node: Node) -> bool:
     """Whether an operation does more than return its value; a draw moves the generator on, also if nobody reads it."""
     return node.is_impure() or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
@@ -348,4 +363,4 @@ def _mark_leaked(mode: FakeTensorMode) -> None:
     """Make unusable what is still alive of the fake tensors of a trace that is over."""
     for value in [value for value in gc.get_objects() if type(value) is FakeTensor]:
         if value.fake_mode is mode:
-            value.__class__ = LeakedTensor
+            value.__class__ = LeakedTensor  # type: ignore[assignment]

@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from torchbatch._torch import graphs, levels
 
-_guards: Any = torch._C._dynamo.guards  # type: ignore[attr-defined]
-_function_modes: Callable[[], int] = torch._C._len_torch_function_stack  # type: ignore[attr-defined]
-_function_mode_at: Callable[[int], Any] = torch._C._get_function_stack_at  # type: ignore[attr-defined]
+_guards: Any = torch._C._dynamo.guards
+_dispatch_modes: Callable[[], int] = getattr(_python_dispatch, "_len_torch_dispatch_stack")  # noqa: B009
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+_function_mode_at: Callable[[int], Any] = torch._C._get_function_stack_at
+_set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 
 
 def tensors_like(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
@@ -44,6 +46,20 @@ def state_like_now() -> Callable[[], bool]:
     return lambda: False  # a default device is set as a mode, and such modes are compared one by one
 
 
+def without_gradients(run: Callable[[list[torch.Tensor]], Any]) -> Callable[[list[torch.Tensor]], Any]:
+    """``run`` under no_grad, without the time that the context manager takes."""
+
+    def call(values: list[torch.Tensor]) -> Any:
+        before = torch.is_grad_enabled()
+        _set_grad_enabled(False)
+        try:
+            return run(values)
+        finally:
+            _set_grad_enabled(before)
+
+    return call
+
+
 def state() -> dict[str, Any]:
     """What the result of a function may depend on beside its arguments."""
     devices = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
@@ -63,7 +79,7 @@ def inside_other() -> bool:
     return (
         levels.depth() > 0
         or graphs.is_tracing()
-        or _len_torch_dispatch_stack() > 0
+        or _dispatch_modes() > 0
         or forward_ad._current_level >= 0
         or any(not isinstance(_function_mode_at(i), DeviceContext) for i in range(_function_modes()))
     )

@@ -8,16 +8,19 @@ This module takes two seconds to import, so it is imported with the first compil
 Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._inductor.compile_fx.compile_fx``, ``compile_fx_inner``;
 ``torch._inductor.config``, ``list_mode_options``, ``list_options``; ``torch._inductor.decomposition.select_decomp_table``;
 ``torch._inductor.exc.InvalidCxxCompiler``; ``torch._functorch.partitioners.min_cut_rematerialization_partition``;
-``torch._guards.TracingContext``, ``tracing``; the attributes ``current_callable`` and ``source_code`` of a compiled graph.
+``torch._functorch.config``; ``torch._guards.TracingContext``, ``tracing``; the attributes
+``SymInt.node.expr``, ``current_callable`` and ``source_code`` of a compiled graph.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._inductor import config, list_mode_options, list_options
@@ -28,6 +31,7 @@ from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchbatch._torch.graphs import Trace
+from torchbatch._torch.rewrites import simplify
 from torchbatch.errors import AxisSpecError, CompilerError
 
 Run = Callable[[list[torch.Tensor]], Sequence[Any]]
@@ -74,15 +78,55 @@ def compile_graph(module: GraphModule, examples: Sequence[torch.Tensor], trace: 
         return made[-1]
 
     own = GraphModule(module, copy.deepcopy(module.graph))  # the compiler changes what it is given
+    with trace.mode:
+        simplify(own.graph)
+    places = _open_sizes(examples)
+    sizes = _take_sizes(own, places, examples)
     try:
-        with torch.no_grad(), config.patch(dict(patches)), tracing(TracingContext(trace.mode)):
-            whole: Any = compile_fx(own, list(examples), inner_compile=inner)
+        with _settled(patches), tracing(TracingContext(trace.mode)):
+            whole: Any = compile_fx(own, [*sizes, *examples], inner_compile=inner)
     except Exception as error:
         raise _explained(error) from error
     code = made[-1]
-    if len(made) == 1 and _is_plain(code):
-        return Code(code.current_callable, code.source_code)
-    return Code(lambda values: whole(*values), getattr(code, "source_code", ""))
+    run = code.current_callable if _is_plain(code) else lambda values: whole(*values)
+    if places:
+        return Code(lambda values: run([*(values[i].shape[axis] for i, axis in places), *values]), _source(code))
+    return Code(run, _source(code))
+
+
+def _open_sizes(examples: Sequence[Any]) -> list[tuple[int, int]]:
+    """Where each open size is found first: the number of an input, and its axis."""
+    known = {value.node.expr for value in examples if isinstance(value, torch.SymInt)}
+    places: list[tuple[int, int]] = []
+    for i, value in enumerate(examples):
+        sizes: Sequence[Any] = value.size() if isinstance(value, torch.Tensor) else ()
+        for axis, size in enumerate(sizes):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol and size.node.expr not in known:
+                known.add(size.node.expr)
+                places.append((i, axis))
+    return places
+
+
+def _take_sizes(module: GraphModule, places: Sequence[tuple[int, int]], examples: Sequence[Any]) -> list[Any]:
+    """Make the open sizes the first inputs of a graph, as the code that is generated for torch.compile wants them."""
+    sizes = [examples[i].size(axis) for i, axis in places]
+    first = next(iter(module.graph.nodes))
+    with module.graph.inserting_before(first):
+        for i, size in enumerate(sizes):
+            module.graph.placeholder(f"size_{i}").meta["val"] = size
+    module.recompile()
+    return sizes
+
+
+@contextlib.contextmanager
+def _settled(patches: Mapping[str, Any]) -> Iterator[None]:
+    """The compiler's settings; its cache of whole graphs is off, since a hit there would not pass by the hook above."""
+    with torch.no_grad(), config.patch(dict(patches)), functorch_config.patch(enable_autograd_cache=False):
+        yield
+
+
+def _source(code: Any) -> str:
+    return getattr(code, "source_code", "")
 
 
 def _is_plain(code: Any) -> bool:
@@ -111,8 +155,10 @@ def partition(trace: Trace, decompose: bool) -> tuple[GraphModule, GraphModule]:
     tangents.
     """
     table = select_decomp_table() if decompose else None
+    whole = GraphModule(trace.graph, copy.deepcopy(trace.graph.graph))
     with torch.no_grad(), trace.mode:
-        joint = make_fx(Interpreter(trace.graph).run, table)(*trace.examples)
+        simplify(whole.graph)
+        joint = make_fx(Interpreter(whole).run, table)(*trace.examples)
     placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"]
     for i, node in enumerate(placeholders):
         primal = len(placeholders) - i > len(trace.differentiable)

@@ -37,10 +37,7 @@ class OpenSizes:
                     return False
         if any(size < 2 for size in sizes.values()):  # sizes 0 and 1 broadcast, and are traced for themselves
             return False
-        fits = all(
-            [_value(formula, sizes) for formula in formulas] == list(found)
-            for formulas, found in self._all(values)
-        )
+        fits = all([_value(formula, sizes) for formula in formulas] == list(found) for formulas, found in self._all(values))
         return fits and self._conditions_hold(sizes)
 
     def _all(self, values: Sequence[torch.Tensor]) -> list[tuple[list[Any], Sequence[int]]]:
@@ -49,7 +46,8 @@ class OpenSizes:
 
     def _conditions_hold(self, sizes: dict[Any, int]) -> bool:
         conditions = all(bool(_value(guard, sizes)) for guard in self._guards)
-        return conditions and all(_value(symbol, sizes) == _value(to, sizes) for symbol, to in self._fixed.items() if symbol in sizes)
+        fixed = [(symbol, to) for symbol, to in self._fixed.items() if symbol in sizes]
+        return conditions and all(sizes[symbol] == _value(to, sizes) for symbol, to in fixed)
 
 
 def _value(formula: Any, sizes: dict[Any, int]) -> Any:

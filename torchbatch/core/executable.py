@@ -62,7 +62,8 @@ class Executable:
     def __init__(self, program: Program, backend: Backend) -> None:
         self.trace = trace = program.trace
         self.backend, self.name = backend, function_name(program.call.fun)
-        self.single, self.finish = program.single, program.structure.unflatten
+        self.single = program.single
+        self.finish: Callable[[Any], Any] = program.structure.unflatten
         self.captured = trace.captured
         self.captured_same = functools.partial(guards.tensors_like(self.captured), *self.captured)
         self.is_open = trace.sizes is not None
@@ -75,7 +76,7 @@ class Executable:
             self.run: Run = self._run_differentiable
         else:
             self._forward = self._build(graphs.written_in_place(trace), trace.examples)
-            self.run = self._run_alone if trace.mutated or trace.captured or backend.name != "inductor" else self._forward
+            self.run = self._run_writing if trace.mutated else self._plain_run(program)
 
     @property
     def has_gradients(self) -> bool:
@@ -92,11 +93,15 @@ class Executable:
         self.source.append(source)
         return run
 
-    def _run_alone(self, values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def _plain_run(self, program: Program) -> Run:
+        """The shortest way to the outputs of a program without gradients and in-place writes."""
+        captured = self.captured
+        anything = any(value.requires_grad for value in (*program.call.values, *captured))
+        forward = guards.without_gradients(self._forward) if anything or self.backend.name != "inductor" else self._forward
+        return (lambda values: forward([*values, *captured])) if captured else forward
+
+    def _run_writing(self, values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         values = [*values, *self.captured]
-        if not self._mutated:
-            with torch.no_grad():
-                return self._forward(values)
         written = [values[i] for i in self._mutated]
         _check_apart(written, values)
         with torch.no_grad():
@@ -106,7 +111,7 @@ class Executable:
 
     def _run_differentiable(self, values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         inputs = [*values, *self.captured]
-        results = _Differentiable.apply(self, *inputs)
+        results: Any = _apply(self, *inputs)
         count = self.trace.outputs
         with torch.no_grad():
             for position, value in zip(self._mutated, results[count:], strict=True):
@@ -135,7 +140,7 @@ class _Differentiable(torch.autograd.Function):
         results, saved = executable.forward(inputs)
         ctx.executable = executable
         ctx.save_for_backward(*(value for value in saved if isinstance(value, torch.Tensor)))
-        ctx.others = [None if isinstance(value, torch.Tensor) else value for value in saved]
+        ctx.sizes = [value for value in saved if not isinstance(value, torch.Tensor)]
         wanted = set(executable.trace.differentiable)
         ctx.mark_non_differentiable(*(value for i, value in enumerate(results) if i not in wanted))
         return tuple(results)
@@ -144,12 +149,11 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *tangents: torch.Tensor) -> Any:
         executable: Executable = ctx.executable
         trace = executable.trace
-        tensors = iter(ctx.saved_tensors)
-        saved = [next(tensors) if other is None else other for other in ctx.others]
         with torch.no_grad():
-            found = executable.backward([*saved, *(tangents[i].contiguous() for i in trace.differentiable)])
+            tangents_ = [tangents[i].contiguous() for i in trace.differentiable]
+            found = executable.backward([*ctx.sizes, *ctx.saved_tensors, *tangents_])
         if torch.is_grad_enabled():
-            found = _Once.apply(*found, *ctx.saved_tensors)[: len(found)]
+            found = _refuse(*found, *ctx.saved_tensors)[: len(found)]
         gradients: list[Any] = [None] * (len(trace.examples) - len(trace.differentiable) + 1)
         for position, value in zip(trace.wanted, found, strict=True):
             gradients[position + 1] = value
@@ -169,6 +173,10 @@ class _Once(torch.autograd.Function):
             "jit: the gradient of a jit function is differentiated a second time by autograd (create_graph=True), but its "
             "backward pass is compiled. Put the first derivative inside: jit(lambda x: torchbatch.grad(f)(x)…)."
         )
+
+
+_apply: Callable[..., Any] = _Differentiable.apply
+_refuse: Callable[..., Any] = _Once.apply
 
 
 def _check_apart(written: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:

@@ -31,8 +31,8 @@ class Call(NamedTuple):
 
     def arguments(self, values: Iterable[torch.Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """The arguments with other values for the tensors."""
-        positional, keywords = self.structure.unflatten(values)
-        positional = list(positional)
+        built: Any = self.structure.unflatten(values)
+        positional, keywords = list(built[0]), built[1]
         for where, _, value in self.statics:
             if isinstance(where, int):
                 positional.insert(where, value)
@@ -42,7 +42,8 @@ class Call(NamedTuple):
 
     def names(self) -> list[str]:
         """What messages call each leaf, e.g. ``params['w']``."""
-        positional, keywords = self.arguments([_LEAF] * len(self.values))
+        leaf: Any = _LEAF
+        positional, keywords = self.arguments([leaf] * len(self.values))
         static = {where for where, _, _ in self.statics}
         roots = {argnums.argument_name(self.fun, i): value for i, value in enumerate(positional) if i not in static}
         roots |= {name: keywords[name] for name in sorted(keywords) if name not in static}
@@ -112,6 +113,7 @@ class StaticArguments:
         given_names = _as_tuple(names, str, "static_argnames")
         self.nums = self._complete_nums(given_nums, given_names, positional, parameters)
         self.names = self._complete_names(given_nums, given_names, positional, parameters)
+        self.is_empty = not self.nums and not self.names
 
     def _complete_nums(
         self, nums: tuple[int, ...], names: tuple[str, ...], positional: list[str], parameters: Mapping[str, Any]
@@ -147,7 +149,7 @@ class StaticArguments:
         Raises:
             StaticArgumentError: a static argument cannot be hashed.
         """
-        if not self.nums and not self.names:
+        if self.is_empty:
             return tuple(args), dict(kwargs), ()
         where = [num if num >= 0 else num + len(args) for num in self.nums]
         static: list[tuple[int | str, Any]] = [(i, args[i]) for i in where if 0 <= i < len(args)]
@@ -202,15 +204,25 @@ def _static_name(fun: Callable[..., Any], place: int | str) -> str:
     return argnums.argument_name(fun, place) if isinstance(place, int) else place
 
 
-def bind(fun: Callable[..., Any], static: StaticArguments, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-    """The arguments of a call, taken apart.
+def bind(
+    fun: Callable[..., Any],
+    static: StaticArguments,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    flat: tuple[list[Any], tree.TreeDef] | None = None,
+) -> Call:
+    """The arguments of a call, taken apart; ``flat`` is ``tree.flatten((args, kwargs))``, if that is known already.
 
     Raises:
         StaticArgumentError: an argument is neither an array nor static, or static and not hashable.
         UnsupportedOperationError: a tensor is of a class that holds other tensors, or sparse.
     """
-    positional, keywords, statics = static.split(args, kwargs)
-    leaves, structure = argnums.flatten((positional, keywords))
+    if static.is_empty and flat is not None:
+        statics: Statics = ()
+        leaves, structure = flat
+    else:
+        positional, keywords, statics = static.split(args, kwargs)
+        leaves, structure = tree.flatten((positional, keywords))
     numbers = tuple([i for i, leaf in enumerate(leaves) if type(leaf) in WIDEST])
     call = Call(fun, leaves, numbers, structure, statics)
     for i, leaf in enumerate(leaves):

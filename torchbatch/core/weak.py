@@ -17,12 +17,13 @@ from torch.overrides import TorchFunctionMode
 from torchbatch.core.argnums import flatten
 
 WIDEST = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
+_CPU = torch.device("cpu")
 _KINDS = {dtype: kind for kind, dtype in WIDEST.items()}
 
 
 def as_weak(number: bool | int | float | complex) -> torch.Tensor:
     """The tensor that stands for a number."""
-    return torch.tensor(number, dtype=WIDEST[type(number)])
+    return torch.scalar_tensor(number, dtype=WIDEST[type(number)], device=_CPU)
 
 
 def strong_dtype(dtype: torch.dtype) -> torch.dtype:

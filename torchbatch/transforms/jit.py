@@ -124,13 +124,20 @@ class Jitted(Wrapper):
             return self.__wrapped__(*args, **kwargs)
         ticket = self._first
         if ticket is not None and len(args) == ticket.count and not kwargs and ticket.check(*args) and ticket.same_state():
-            return ticket.run(args)
-        if guards.inside_other():
-            return self.__wrapped__(*args, **kwargs)
+            outputs = ticket.run([*args])
+            return outputs[0] if ticket.single else ticket.finish(outputs)
         return self._general(args, kwargs)
 
     def _general(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = bind(self.__wrapped__, self._static, args, kwargs)
+        leaves, structure = tree.flatten((args, kwargs))
+        for ticket in self._cache.tickets:
+            if ticket.is_plain and ticket.structure == structure and ticket.check(*leaves) and ticket.same_state():
+                return ticket.finish(ticket.run(leaves))
+        if guards.inside_other():
+            return self.__wrapped__(*args, **kwargs)
+        return self._bound(bind(self.__wrapped__, self._static, args, kwargs, (leaves, structure)))
+
+    def _bound(self, call: Call) -> Any:
         ticket = self._cache.ticket(call)
         entry = self._entry(call) if ticket is None else ticket.entry
         if self._donated:
@@ -181,22 +188,22 @@ class Jitted(Wrapper):
 class _Ticket:
     """A kind of call that can be recognised quickly."""
 
-    __slots__ = ("check", "count", "entry", "is_bare", "kind", "run", "same_state")
+    __slots__ = ("check", "count", "entry", "finish", "is_plain", "kind", "run", "same_state", "single", "structure")
 
     def __init__(self, call: Call, entry: Executable) -> None:
         captured = entry.captured
         like = guards.tensors_like([*call.values, *captured])
-        self.kind = call.kind
-        self.check = (lambda *values: like(*values, *captured)) if captured else like
+        self.check: Callable[..., bool] = (lambda *values: like(*values, *captured)) if captured else like
         self.same_state = guards.state_like_now()
-        self.entry = entry
-        self.count = len(call.values)
-        self.is_bare = not call.numbers and not call.statics and call.structure == _bare(self.count)
-        run, finish = entry.run, entry.finish
-        if entry.single:
-            self.run: Callable[[tuple[Any, ...]], Any] = lambda args: run([*args])[0]
-        else:
-            self.run = lambda args: finish(run([*args]))
+        self.entry, self.run, self.single = entry, entry.run, entry.single
+        self.finish: Callable[[Any], Any] = entry.finish
+        self.kind, self.structure, self.count = call.kind, call.structure, len(call.values)
+        self.is_plain = not call.numbers and not call.statics
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether all arguments are tensors by themselves."""
+        return self.is_plain and self.structure == _bare(self.count)
 
 
 @functools.cache
@@ -213,7 +220,7 @@ class _Cache:
         self._entries: dict[Hashable, Executable] = {}
         self._open: list[Executable] = []
         self._known: list[dict[str, str]] = []
-        self._tickets: tuple[_Ticket, ...] = ()
+        self.tickets: tuple[_Ticket, ...] = ()
 
     @property
     def size(self) -> int:
@@ -223,7 +230,7 @@ class _Cache:
     def ticket(self, call: Call) -> _Ticket | None:
         """What recognises a call, if anything does."""
         kind = call.kind
-        for ticket in self._tickets:
+        for ticket in self.tickets:
             if ticket.kind == kind and ticket.check(*call.values) and ticket.same_state():
                 return ticket
         return None
@@ -231,7 +238,7 @@ class _Cache:
     def add_ticket(self, call: Call, entry: Executable) -> _Ticket:
         """Recognise calls like this one from now on."""
         made = _Ticket(call, entry)
-        self._tickets = (made, *self._tickets[: _TICKETS - 1])
+        self.tickets = (made, *self.tickets[: _TICKETS - 1])
         return made
 
     def find(self, key: Hashable, call: Call) -> Executable | None:
