@@ -7,7 +7,9 @@ from torchbatch.transforms.eval_shape import ShapeDtypeStruct, eval_shape
 from torchbatch.transforms.grad import grad, jvp, linearize, stop_gradient, value_and_grad, vjp
 from torchbatch.transforms.jacobian import hessian, jacfwd, jacrev
 from torchbatch.transforms.jit import jit
+from torchbatch.transforms.make_graph import make_graph
 from torchbatch.transforms.modules import stack_modules
+from torchbatch.transforms.stages import load
 from torchbatch.transforms.vmap import vmap
 
 __version__ = "0.1.0"
@@ -25,6 +27,8 @@ __all__ = [
     "jvp",
     "lax",
     "linearize",
+    "load",
+    "make_graph",
     "stack_modules",
     "stop_gradient",
     "tree",

@@ -239,10 +239,25 @@ _TRACE_RULES = _rules(
         "The shape of what is computed here depends on values, which {fun} does not have while it is traced. " + FIXED_SHAPES,
     ),
     (
-        r"data pointer|numpy\(\)|doesn't have storage|\.tolist\(\)",
+        r"data pointer|numpy\(\)|doesn't have storage|\.tolist\(\)|data is not allocated",
         DataDependentError,
         """The memory of a tensor is asked for (.numpy(), NumPy functions, pickle, .data_ptr()), but {fun} is being traced, and
         there are no numbers yet. Use torch operations inside the function, and convert its result.""",
+    ),
+)
+
+
+_TRACE_RULES += _rules(
+    (
+        r"leaf Variable that requires grad",
+        InPlaceError,
+        """{fun} writes in place into an argument, or a tensor that it closes over, that requires a gradient. Compute a new value
+        and return it.""",
+    ),
+    (
+        r"expected to contain only concrete integers|to be Tensor or scalar, got .*SymInt|must be Tensor or scalar, got",
+        UnsupportedOperationError,
+        "An operation here needs sizes as numbers, but dynamic=True leaves those of mapped axes open. Leave dynamic out.",
     ),
 )
 
@@ -252,7 +267,7 @@ def explain_trace(error: Exception, fun: str) -> TorchbatchError | None:
     if _is_users_own(error):
         return None
     about_values = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
-    if not about_values and type(error) not in (RuntimeError, TypeError, GuardOnDataDependentSymNode):
+    if not about_values and type(error) not in (RuntimeError, TypeError, AssertionError, GuardOnDataDependentSymNode):
         return None
     where = _user_frame(error.__traceback__) or _calling_frame()
     for rule in _TRACE_RULES:

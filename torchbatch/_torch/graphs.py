@@ -7,8 +7,7 @@ over the graph; what is written to an input becomes a ``copy_`` at the end.
 
 Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch.fx.experimental.proxy_tensor.make_fx``, ``get_proxy_mode``;
 ``torch._subclasses.fake_tensor.FakeTensor``, ``FakeTensorMode``; ``torch.fx.experimental.symbolic_shapes``'s ``ShapeEnv``,
-``StatelessSymbolicContext``, ``DimDynamic``; ``torch._guards.active_fake_mode``; ``torch._functorch.config``;
-``torch.utils._python_dispatch._disable_current_modes``.
+``StatelessSymbolicContext``, ``DimDynamic``; ``torch._functorch.config``.
 """
 
 from __future__ import annotations
@@ -16,21 +15,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch._functorch import config as functorch_config
-from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from torchbatch._torch import levels
+from torchbatch._torch.captured import Captured, called_backward, check_independent, without_hooks
 from torchbatch._torch.open_sizes import OpenSizes
 from torchbatch.errors import LeakedTracerError, UnsupportedOperationError
 
@@ -70,11 +68,21 @@ def is_tracing() -> bool:
 
 @contextlib.contextmanager
 def _tracing_here() -> Iterator[None]:
+    """State of the thread and the process while a function is traced."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a stack of PyTorch's for each error of the user's
+    log_was_disabled, log.disabled = log.disabled, True
+    seed = torch.initial_seed()
     _tracing.active = True
     try:
         yield
     finally:
         _tracing.active = False
+        log.disabled = log_was_disabled
+    if torch.initial_seed() != seed:
+        raise UnsupportedOperationError(
+            "jit: the function seeds the random generator (torch.manual_seed), which would happen only while it is traced. "
+            "Seed before the call."
+        )
 
 
 def trace(
@@ -102,9 +110,10 @@ def trace(
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=shapes is None)
     fakes = [_fake(mode, value, open_axes[i] if open_axes else None) for i, value in enumerate(inputs)]
     run = _Run(flat, gradients)
-    with _tracing_here(), mode:
+    with _tracing_here(), run.captured_restored(), mode:
         recorded = make_fx(run, _DECLARED, _allow_fake_constant=True, record_stack_traces=True)(*fakes)
-    _check_backward([*fakes, *run.captured.tensors])
+    if any(value.grad is not None for value in fakes):
+        raise called_backward()
     _lift(recorded, run.captured.fakes, run.tangents)
     own_mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=shapes is None)
     examples = _examples(recorded, own_mode)
@@ -115,23 +124,15 @@ def trace(
     return _finished(recorded, examples, own_mode, run)
 
 
-def _check_backward(tensors: Sequence[torch.Tensor]) -> None:
-    """Refuse a function that called ``backward()``, and take back what that left in the tensors."""
-    written = [value for value in tensors if value.is_leaf and type(value.grad) is FakeTensor]
-    for value in written:
-        value.grad = None
-    if written:
-        raise UnsupportedOperationError(
-            "jit: the function calls backward(), which leaves its result in .grad, outside of the function. Return gradients "
-            "instead: torchbatch.grad or torch.autograd.grad inside, or call backward() on the result of the jit function."
-        )
-
-
 def _fake(mode: FakeTensorMode, value: torch.Tensor, open_axes: Sequence[int] | None) -> torch.Tensor:
+    """A fake that has a memory of its own, and no history."""
     if open_axes is None:
-        return mode.from_tensor(value, static_shapes=True)
+        with mode:
+            fake = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+        return fake.requires_grad_(value.requires_grad)
+    alias = value.data.requires_grad_(value.requires_grad)
     sizes = [DimDynamic.DUCK if axis in open_axes else DimDynamic.STATIC for axis in range(value.dim())]
-    return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+    return mode.from_tensor(alias, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
 
 def _batch_norm(*args: Any) -> Any:
@@ -158,116 +159,70 @@ class _Run:
         self.outputs = self.tangents = 0
         self.differentiable: list[int] = []
         self.wanted: list[int] = []  # positions among the inputs
-        self.captured = _Captured()
+        self.captured = Captured()
 
     def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         with self.captured:
-            outputs = [self._own_memory(value, inputs) for value in self.flat(inputs)]
+            outputs = self._own_memory(self.flat(inputs), inputs)
         self.outputs = len(outputs)
-        if self.gradients:
-            self.differentiable = [i for i, value in enumerate(outputs) if value.requires_grad]
         gradients = self._gradients([outputs[i] for i in self.differentiable], inputs) if self.differentiable else []
         return [*(value.detach() for value in outputs), *gradients]
 
+    def _own_memory(self, values: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies of outputs that would share memory with something that exists outside: as in JAX, outputs are new values.
+
+        Where there are gradients, no output shares memory with another one either: autograd would tie their fates.
+        """
+        self.differentiable = [i for i, value in enumerate(values) if self.gradients and value.requires_grad]
+        outputs: list[torch.Tensor] = []
+        for value in values:
+            outside = [*inputs, *self.captured.fakes, *(outputs if self.differentiable else ())]
+            shared = type(value) is not FakeTensor or any(levels.share_memory(value, other) for other in outside)
+            outputs.append(value.clone() if shared else value)
+        return outputs
+
     def _gradients(self, results: list[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """A gradient for each source, and the tangents from which they are computed."""
+        """A gradient for each source that has one, and the tangents from which they are computed."""
         with torch.no_grad():
             tangents = [torch.empty_like(value, memory_format=torch.contiguous_format) for value in results]
         self.tangents = len(tangents)
         sources = [*inputs, *self.captured.tensors]
-        self.wanted = [i for i, value in enumerate(sources) if value.requires_grad]
-        _check_independent([value for value in self.captured.tensors if value.requires_grad])
-        with self.captured:
-            found = _autograd_grad(results, [sources[i] for i in self.wanted], tangents)
-        return [*found, *tangents]
+        wanted = [i for i, value in enumerate(sources) if value.requires_grad]
+        check_independent([value for value in self.captured.tensors if value.requires_grad])
+        with without_hooks(self.captured.tensors), self.captured:
+            found = torch.autograd.grad(results, [sources[i] for i in wanted], tangents, allow_unused=True)
+        self.wanted = [i for i, gradient in zip(wanted, found, strict=True) if gradient is not None]
+        return [*(gradient for gradient in found if gradient is not None), *tangents]
 
-    def _own_memory(self, value: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """A copy, where an output would share memory with something that exists outside: as in JAX, outputs are new values."""
-        if type(value) is not FakeTensor:
-            return value.clone()
-        outside = (*inputs, *self.captured.fakes)
-        return value.clone() if any(levels.share_memory(value, other) for other in outside) else value
-
-
-def _autograd_grad(
-    results: list[torch.Tensor], sources: list[torch.Tensor], tangents: list[torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(results, sources, tangents, allow_unused=True, materialize_grads=True)
-
-
-class _Captured(TorchDispatchMode):
-    """Puts a fake in the place of each tensor from outside, and remembers both in the order in which they were met.
-
-    Otherwise what is done to such tensors alone would be done at once, and once only.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tensors: list[torch.Tensor] = []
-        self.fakes: list[torch.Tensor] = []
-        self._known: dict[int, torch.Tensor] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _LIFTS:  # a constant that torch.tensor makes of Python numbers, and not one from outside
-            return func(*args, **(kwargs or {}))
-        args, kwargs = pytree.tree_map_only(torch.Tensor, self._fake, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def forget(self) -> None:
-        """Let go of the fakes."""
-        self.fakes.clear()
-        self._known.clear()
-
-    def _fake(self, value: torch.Tensor) -> torch.Tensor:
-        if type(value) is FakeTensor:
-            return value
-        known = self._known.get(id(value))
-        if known is None:
-            mode: Any = active_fake_mode()
-            with _disable_current_modes():
-                known = mode.from_tensor(value.detach(), static_shapes=True)
-            self._known[id(value)] = known
-            self.tensors.append(value)
-            self.fakes.append(known)
-        return known
-
-
-def _check_independent(captured: Sequence[torch.Tensor]) -> None:
-    """Autograd would follow one captured tensor through the other, and count its gradient twice."""
-    inner = {value.grad_fn: value for value in captured if value.grad_fn is not None}
-    leaves = {id(value) for value in captured if value.grad_fn is None}
-    seen, left = set(), [node for function in inner for node, _ in function.next_functions]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in inner or id(getattr(node, "variable", None)) in leaves:
-            raise UnsupportedOperationError(
-                "jit: the function closes over a tensor that requires a gradient, and over another one that was computed "
-                "from it. Compute the second inside the function, or pass it as an argument."
-            )
-        left += [following for following, _ in node.next_functions]
-
-
-_LIFTS = (_aten.lift_fresh_copy.default, _aten.lift_fresh.default)
+    @contextlib.contextmanager
+    def captured_restored(self) -> Iterator[None]:
+        """Leave the captured tensors as they were, and refuse what the function did to them that it cannot do."""
+        try:
+            yield
+        except BaseException:
+            self.captured.restore()
+            raise
+        for error in self.captured.restore():
+            raise error
 
 
 def _lift(module: GraphModule, captured: list[torch.Tensor], tangents: int) -> None:
     """Make inputs of the captured tensors, and of the last ``tangents`` outputs."""
     graph = module.graph
-    first = next(node for node in graph.nodes if node.op != "placeholder")
     uses: dict[int, list[Node]] = {id(fake): [] for fake in captured}
     for node in graph.find_nodes(op="get_attr"):
         uses.get(id(getattr(module, str(node.target))), []).append(node)
-    with graph.inserting_before(first):
-        for i, fake in enumerate(captured):
-            _replace(uses[id(fake)], graph.placeholder(f"captured_{i}"), fake)
-        output = graph.output_node()
-        results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
-        for i, node in enumerate(results[len(results) - tangents :]):
-            _replace([node], graph.placeholder(f"tangents_{i}"), node.meta["val"])
-    output.args = (results[: len(results) - tangents],)
+    output = graph.output_node()
+    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    kept = len(results) - tangents
+    output.args = (results[:kept],)
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        made = [graph.placeholder(f"captured_{i}") for i in range(len(captured))]
+        made += [graph.placeholder(f"tangents_{i}") for i in range(tangents)]
+    for placeholder, fake in zip(made, captured, strict=False):
+        _replace(uses[id(fake)], placeholder, fake)
+    for placeholder, node in zip(made[len(captured) :], results[kept:], strict=True):
+        _replace([node], placeholder, node.meta["val"])
     module.recompile()
 
 
@@ -361,6 +316,7 @@ class LeakedTensor(torch.Tensor):
 
 def _mark_leaked(mode: FakeTensorMode) -> None:
     """Make unusable what is still alive of the fake tensors of a trace that is over."""
-    for value in [value for value in gc.get_objects() if type(value) is FakeTensor]:
-        if value.fake_mode is mode:
-            value.__class__ = LeakedTensor  # type: ignore[assignment]
+    for value in [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]:
+        inner = levels.innermost(value)
+        if type(inner) is FakeTensor and inner.fake_mode is mode:
+            value.__class__ = LeakedTensor

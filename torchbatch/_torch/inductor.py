@@ -82,15 +82,16 @@ def compile_graph(module: GraphModule, examples: Sequence[torch.Tensor], trace: 
         simplify(own.graph)
     places = _open_sizes(examples)
     sizes = _take_sizes(own, places, examples)
+    constants = _take_constants(own)
     try:
         with _settled(patches), tracing(TracingContext(trace.mode)):
-            whole: Any = compile_fx(own, [*sizes, *examples], inner_compile=inner)
+            whole: Any = compile_fx(own, [*constants, *sizes, *examples], inner_compile=inner)
     except Exception as error:
         raise _explained(error) from error
     code = made[-1]
     run = code.current_callable if _is_plain(code) else lambda values: whole(*values)
-    if places:
-        return Code(lambda values: run([*(values[i].shape[axis] for i, axis in places), *values]), _source(code))
+    if places or constants:
+        return Code(lambda values: run([*constants, *(values[i].shape[axis] for i, axis in places), *values]), _source(code))
     return Code(run, _source(code))
 
 
@@ -123,6 +124,30 @@ def _settled(patches: Mapping[str, Any]) -> Iterator[None]:
     """The compiler's settings; its cache of whole graphs is off, since a hit there would not pass by the hook above."""
     with torch.no_grad(), config.patch(dict(patches)), functorch_config.patch(enable_autograd_cache=False):
         yield
+
+
+def _take_constants(module: GraphModule) -> list[torch.Tensor]:
+    """Make the tensors that a graph holds its first inputs; a single number stays where it is, and is compiled in."""
+    graph = module.graph
+    first = next(iter(graph.nodes))
+    nodes = graph.find_nodes(op="get_attr")
+    tensors: dict[str, torch.Tensor] = {str(node.target): getattr(module, str(node.target)) for node in nodes}
+    many = {target: value for target, value in tensors.items() if value.dim()}
+    with graph.inserting_before(first):
+        made = {target: graph.placeholder(f"constant_{i}") for i, target in enumerate(many)}
+    for node in nodes:
+        value = tensors[str(node.target)]
+        with graph.inserting_before(node):
+            number = made.get(str(node.target)) or graph.call_function(
+                torch.ops.aten.full.default, ([], value.item()), {"dtype": value.dtype, "device": value.device}
+            )
+        number.meta["val"] = value
+        node.replace_all_uses_with(number)
+        graph.erase_node(node)
+    for target in tensors:
+        delattr(module, target)  # or it would be taken for a parameter of the module
+    module.recompile()
+    return list(many.values())
 
 
 def _source(code: Any) -> str:

@@ -231,6 +231,7 @@ def axis_size(mapped: Mapped, given: int | None, names: Callable[[], list[str]])
 
 
 def _sizes_message(sizes: list[int], mapped: Mapped, given: int | None, names: list[str]) -> str:
+    sizes = [int(size) for size in sizes]  # while a function is traced, a size may be a formula
     lines = [] if given is None else [f"  * the argument axis_size was {given}"]
     groups = Counter(sizes).most_common()
     for rank, (size, count) in enumerate(groups):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from torchbatch._torch import graphs, guards
+from torchbatch._torch import graphs, guards, levels
 from torchbatch._torch.graphs import Trace
 from torchbatch.core import compile_log
 from torchbatch.core.describe import function_name
@@ -65,28 +65,30 @@ class Executable:
         self.single = program.single
         self.finish: Callable[[Any], Any] = program.structure.unflatten
         self.captured = trace.captured
-        self.captured_same = functools.partial(guards.tensors_like(self.captured), *self.captured)
+        self.modes = program.modes
+        self._captured_like = guards.tensors_like(self.captured)
         self.is_open = trace.sizes is not None
         self._kind = program.call.key_of_open() if self.is_open else None
         self._mutated = trace.mutated
         self.source: list[str] = []
         if trace.differentiable:
             forward, self._backward_graph = compiler().partition(trace, decompose=backend.name == "inductor")
+            with trace.mode:
+                _keep_outputs_apart(forward, trace.outputs + len(trace.mutated))
             self._forward = self._build(forward, trace.examples[: len(trace.examples) - len(trace.differentiable)])
             self.run: Run = self._run_differentiable
         else:
             self._forward = self._build(graphs.written_in_place(trace), trace.examples)
             self.run = self._run_writing if trace.mutated else self._plain_run(program)
 
-    @property
-    def has_gradients(self) -> bool:
-        """Whether anything that goes in requires a gradient."""
-        return bool(self.trace.wanted)
+    def surroundings_same(self) -> bool:
+        """Whether the captured tensors and the modes of modules are such as they were when the function was traced."""
+        return self._captured_like(*self.captured) and all(module.training is mode for module, mode in self.modes)
 
     def accepts(self, call: Call) -> bool:
         """Whether a program with open sizes serves a call."""
         sizes = self.trace.sizes
-        return sizes is not None and call.key_of_open() == self._kind and sizes.accept(call.values) and self.captured_same()
+        return sizes is not None and call.key_of_open() == self._kind and sizes.accept(call.values) and self.surroundings_same()
 
     def _build(self, module: GraphModule, examples: Sequence[torch.Tensor]) -> Run:
         run, source = self.backend.build(self.trace, module, examples)
@@ -111,18 +113,23 @@ class Executable:
 
     def _run_differentiable(self, values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         inputs = [*values, *self.captured]
-        results: Any = _apply(self, *inputs)
+        _check_apart([inputs[i] for i in self._mutated], inputs)
+        results: Any = _apply(self, _linked(*(inputs[i] for i in self.trace.wanted)), *inputs)
         count = self.trace.outputs
         with torch.no_grad():
             for position, value in zip(self._mutated, results[count:], strict=True):
                 inputs[position].copy_(value)
         return results[:count]  # type: ignore[no-any-return]
 
-    def forward(self, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], Sequence[Any]]:
+    def forward(self, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[Any]]:
         """The outputs with the new values of inputs, and what the backward pass needs."""
         results = self._forward(list(inputs))
         count = self.trace.outputs + len(self.trace.mutated)
-        return results[:count], results[count:]
+        written = {id(inputs[i]) for i in self._mutated}  # what the backward pass needs of them is their old value
+        plain = {id(value): value.data for value in results if isinstance(value, torch.Tensor) and value._is_view()}
+        outputs = [plain.get(id(value), value) for value in results[:count]]
+        saved = [value.clone() if id(value) in written else plain.get(id(value), value) for value in results[count:]]
+        return outputs, saved
 
     @functools.cached_property
     def backward(self) -> Run:
@@ -132,14 +139,27 @@ class Executable:
             return self._build(graph, [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")])
 
 
+class _Link(torch.autograd.Function):
+    """An empty tensor that autograd connects with others, and that holds none of their memory."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: torch.Tensor) -> torch.Tensor:
+        ctx.count = len(values)
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: torch.Tensor) -> Any:
+        return (None,) * ctx.count
+
+
 class _Differentiable(torch.autograd.Function):
     """Ties the compiled forward and backward pass into autograd."""
 
     @staticmethod
-    def forward(ctx: Any, executable: Executable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, executable: Executable, link: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         results, saved = executable.forward(inputs)
         ctx.executable = executable
-        ctx.save_for_backward(*(value for value in saved if isinstance(value, torch.Tensor)))
+        ctx.save_for_backward(link, *(value for value in saved if isinstance(value, torch.Tensor)))
         ctx.sizes = [value for value in saved if not isinstance(value, torch.Tensor)]
         wanted = set(executable.trace.differentiable)
         ctx.mark_non_differentiable(*(value for i, value in enumerate(results) if i not in wanted))
@@ -149,41 +169,61 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *tangents: torch.Tensor) -> Any:
         executable: Executable = ctx.executable
         trace = executable.trace
+        link, *saved = ctx.saved_tensors
         with torch.no_grad():
-            tangents_ = [tangents[i].contiguous() for i in trace.differentiable]
-            found = executable.backward([*ctx.sizes, *ctx.saved_tensors, *tangents_])
+            given = [tangents[i].contiguous() for i in trace.differentiable]
+            found = executable.backward([*ctx.sizes, *saved, *given])
         if torch.is_grad_enabled():
-            found = _refuse(*found, *ctx.saved_tensors)[: len(found)]
-        gradients: list[Any] = [None] * (len(trace.examples) - len(trace.differentiable) + 1)
+            found = _once(len(found), link, *tangents, *found)
+        gradients: list[Any] = [None] * (len(trace.examples) - len(trace.differentiable) + 2)
         for position, value in zip(trace.wanted, found, strict=True):
-            gradients[position + 1] = value
+            gradients[position + 2] = value
         return tuple(gradients)
 
 
 class _Once(torch.autograd.Function):
-    """Gradients that cannot be differentiated again."""
+    """The last ``count`` values, which cannot be differentiated by any of them."""
 
     @staticmethod
-    def forward(ctx: Any, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(value.view_as(value) for value in values)
+    def forward(ctx: Any, count: int, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(value.detach().clone() for value in values[len(values) - count :])
 
     @staticmethod
     def backward(ctx: Any, *tangents: torch.Tensor) -> Any:
-        raise UnsupportedOperationError(
-            "jit: the gradient of a jit function is differentiated a second time by autograd (create_graph=True), but its "
-            "backward pass is compiled. Put the first derivative inside: jit(lambda x: torchbatch.grad(f)(x)…)."
-        )
+        raise _differentiated_twice()
 
 
+def _differentiated_twice() -> UnsupportedOperationError:
+    return UnsupportedOperationError(
+        "jit: the gradient of a jit function is differentiated a second time by autograd (create_graph=True), but its "
+        "backward pass is compiled. Put the first derivative inside: jit(lambda x: torchbatch.grad(f)(x)…)."
+    )
+
+
+_linked: Callable[..., torch.Tensor] = _Link.apply
 _apply: Callable[..., Any] = _Differentiable.apply
-_refuse: Callable[..., Any] = _Once.apply
+_once: Callable[..., Any] = _Once.apply
+
+
+def _keep_outputs_apart(module: GraphModule, outputs: int) -> None:
+    """Copy those outputs that share memory with what is saved beside them: autograd could not see them overwritten."""
+    output = module.graph.output_node()
+    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    saved = [node for node in results[outputs:] if isinstance(node.meta["val"], torch.Tensor)]
+    for i, node in enumerate(results[:outputs]):
+        if any(node is not other and levels.share_memory(node.meta["val"], other.meta["val"]) for other in saved):
+            with module.graph.inserting_before(output):
+                results[i] = module.graph.call_function(torch.ops.aten.clone.default, (node,))
+            results[i].meta["val"] = node.meta["val"].clone()
+    output.args = (tuple(results),)
+    module.recompile()
 
 
 def _check_apart(written: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     """A graph writes each input by itself, so what is written must not share memory with another input."""
     for value in written:
         start = value.untyped_storage().data_ptr()
-        if sum(other.untyped_storage().data_ptr() == start for other in values) > 1:
+        if value.numel() and sum(other.untyped_storage().data_ptr() == start for other in values) > 1:
             raise UnsupportedOperationError(
                 "jit: the function writes in place into an argument that shares memory with another one. Pass a copy of one "
                 "of them (.clone()), or return the new value instead."

@@ -17,6 +17,7 @@ from torchbatch.core.argnums import flatten
 from torchbatch.core.describe import function_name, shown
 from torchbatch.core.frames import in_scope
 from torchbatch.core.signature import Call
+from torchbatch.core.training import RanModules
 from torchbatch.core.weak import WeakNumbers
 from torchbatch.core.writes import may_keep
 from torchbatch.errors import OutputTypeError, TorchbatchError
@@ -32,13 +33,15 @@ class Program:
     Attributes:
         trace: the graph and what goes into it.
         structure: that of the output.
+        modes: the modules that ran and care whether they train, each with whether it did.
     """
 
     def __init__(self, call: Call, open_axes: Sequence[Sequence[int]] | None = None) -> None:
         self.call = call
         self.structure: tree.TreeDef
-        with one_at_a_time:
+        with one_at_a_time, RanModules() as ran:
             self.trace = self._traced(open_axes)
+        self.modes = ran.modes
         self.single = self.trace.outputs == 1 and self.structure == _LEAF
 
     def _traced(self, open_axes: Sequence[Sequence[int]] | None) -> Trace:
@@ -66,6 +69,8 @@ class Program:
     def _tensor(self, leaf: Any, index: int, weak: WeakNumbers) -> torch.Tensor:
         if isinstance(leaf, torch.Tensor):
             return weak.strong(leaf)
+        if isinstance(leaf, torch.SymInt):  # a size that was left open
+            return torch.scalar_tensor(leaf, dtype=torch.int64)  # type: ignore[arg-type]
         if isinstance(leaf, bool | int | float | complex):
             return torch.tensor(leaf)
         if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufc":

@@ -17,7 +17,7 @@ from torchbatch.core.describe import describe, function_name, shown
 from torchbatch.core.weak import WIDEST, as_weak
 from torchbatch.errors import StaticArgumentError, UnsupportedOperationError
 
-Statics = tuple[tuple[int | str, type, Hashable], ...]  # where it stands, its class (1 == True), the value
+Statics = tuple[tuple[int | str, Hashable, Hashable], ...]  # where it stands, the classes in it (1 == True), the value
 
 
 class Call(NamedTuple):
@@ -62,13 +62,10 @@ class Call(NamedTuple):
         """The part of the key that does not depend on the tensors."""
         return self.structure, self.numbers, self.statics
 
-    def key(self, grad_mode: bool | None = None) -> tuple[Hashable, ...]:
-        """Calls with equal keys are served by one trace; ``grad_mode`` asks for that in another mode than now."""
+    def key(self) -> tuple[Hashable, ...]:
+        """Calls with equal keys are served by one trace."""
         like = tuple((tuple(x.shape), x.dtype, x.device, x.stride(), x.requires_grad) for x in self.values)
-        state = guards.state()
-        if grad_mode is not None:
-            state["grad mode"] = grad_mode
-        return *self.kind, like, tuple(state.items())
+        return *self.kind, like, tuple(guards.state().items())
 
     def key_of_open(self) -> tuple[Hashable, ...]:
         """The key without shapes and strides."""
@@ -158,7 +155,7 @@ class StaticArguments:
             self._check_hashable(place, value)
         positional = tuple([value for i, value in enumerate(args) if i not in where])
         keywords = {name: value for name, value in kwargs.items() if name not in self.names}
-        return positional, keywords, tuple([(place, type(value), value) for place, value in static])
+        return positional, keywords, tuple([(place, _classes(value), value) for place, value in static])
 
     def _check_hashable(self, place: int | str, value: Any) -> None:
         if isinstance(value, torch.Tensor):
@@ -177,6 +174,12 @@ class StaticArguments:
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _classes(value: Any) -> Hashable:
+    """The class of a value, and of those that a tuple is made of."""
+    found: Any = type(value)
+    return (found, *map(_classes, value)) if isinstance(value, tuple) else found
 
 
 def _parameters(fun: Callable[..., Any]) -> dict[str, Any]:
@@ -227,34 +230,60 @@ def bind(
     call = Call(fun, leaves, numbers, structure, statics)
     for i, leaf in enumerate(leaves):
         if type(leaf) is not torch.Tensor:
-            leaves[i] = _as_tensor(leaf, call, i)
+            leaf = leaves[i] = _as_tensor(leaf, call, i)
         elif leaf.layout is not torch.strided or leaf.is_nested:
             _check_plain(leaf, call, i)
+        if leaf.is_conj() or leaf.is_neg():
+            leaves[i] = leaf.resolve_conj().resolve_neg()
     return call
 
 
 def _as_tensor(leaf: Any, call: Call, index: int) -> torch.Tensor:
     if type(leaf) in WIDEST:
-        return as_weak(leaf)
+        return _as_weak(leaf, call, index)
     if isinstance(leaf, torch.Tensor):
         _check_plain(leaf, call, index)
         return leaf
     if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufc":
         return torch.as_tensor(leaf)
     name = call.names()[index]
-    root = name.partition("[")[0].partition(".")[0]
+    owner = call.owners()[index]
+    option = f"static_argnums={owner}" if isinstance(owner, int) else f"static_argnames={owner!r}"
     raise StaticArgumentError(
         f"jit: argument {name} of {function_name(call.fun)} is {shown(leaf)}, which is not an array. Make it static, "
-        f"jit(…, static_argnames={root!r}), bind it with functools.partial, or let the function close over it."
+        f"jit(…, {option}), bind it with functools.partial, or let the function close over it."
     )
+
+
+def _as_weak(number: Any, call: Call, index: int) -> torch.Tensor:
+    try:
+        return as_weak(number)
+    except (OverflowError, RuntimeError):
+        raise StaticArgumentError(
+            f"jit: argument {call.names()[index]} of {function_name(call.fun)} is {shown(number)}, which does not fit into "
+            f"{str(WIDEST[type(number)]).removeprefix('torch.')}. Make it static."
+        ) from None
 
 
 def _check_plain(leaf: torch.Tensor, call: Call, index: int) -> None:
     dense = leaf.layout is torch.strided and not leaf.is_nested
-    if dense and type(leaf).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+    if dense and _is_plain_class(type(leaf)):
         return
-    kind = type(leaf).__name__ if dense else f"a tensor of layout {leaf.layout}"
+    kind = "nested tensor" if leaf.is_nested else type(leaf).__name__ if dense else "sparse tensor"
     raise UnsupportedOperationError(
         f"jit: argument {call.names()[index]} of {function_name(call.fun)} is a {kind}; jit takes plain dense tensors. Pass "
         f"the tensors it is made of, and build it inside the function."
     )
+
+
+def _is_plain_class(kind: type[torch.Tensor]) -> bool:
+    """Whether a class of tensors changes no operation."""
+    if kind in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        return True
+    return (
+        kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and getattr(kind.__torch_function__, "__func__", kind.__torch_function__) is _TORCH_FUNCTION
+    )
+
+
+_TORCH_FUNCTION = torch.Tensor.__torch_function__.__func__  # type: ignore[attr-defined]

@@ -53,7 +53,8 @@ def jit(
             without a compiler; or a function ``backend(graph, example_inputs)``, as ``torch.compile`` takes it.
         mode, options: Inductor's settings, as in ``torch.compile``: ``mode="reduce-overhead"`` uses CUDA graphs,
             ``mode="max-autotune"`` tries several kernels.
-        dynamic: whether the sizes of mapped axes are left open, so that one trace serves every batch size above 1.
+        dynamic: whether the sizes of mapped axes are left open, so that one trace serves every batch size above 1. Where
+            ``fun`` is not itself a mapped function, it is traced twice at first: once to learn what it maps.
 
     Returns:
         The compiled function, with ``lower``, ``clear_cache`` and ``cache_size`` as methods.
@@ -138,6 +139,8 @@ class Jitted(Wrapper):
         return self._bound(bind(self.__wrapped__, self._static, args, kwargs, (leaves, structure)))
 
     def _bound(self, call: Call) -> Any:
+        if self._dynamic:  # strides that are neither plain nor fixed have no formula
+            call = call._replace(values=[value.contiguous() for value in call.values])
         ticket = self._cache.ticket(call)
         entry = self._entry(call) if ticket is None else ticket.entry
         if self._donated:
@@ -191,9 +194,11 @@ class _Ticket:
     __slots__ = ("check", "count", "entry", "finish", "is_plain", "kind", "run", "same_state", "single", "structure")
 
     def __init__(self, call: Call, entry: Executable) -> None:
-        captured = entry.captured
+        captured, modes = entry.captured, entry.modes
         like = guards.tensors_like([*call.values, *captured])
         self.check: Callable[..., bool] = (lambda *values: like(*values, *captured)) if captured else like
+        if entry.modes:
+            self.check = lambda *values: like(*values, *captured) and all(module.training is mode for module, mode in modes)
         self.same_state = guards.state_like_now()
         self.entry, self.run, self.single = entry, entry.run, entry.single
         self.finish: Callable[[Any], Any] = entry.finish
@@ -217,7 +222,7 @@ class _Cache:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._entries: dict[Hashable, Executable] = {}
+        self._entries: dict[Hashable, list[Executable]] = {}
         self._open: list[Executable] = []
         self._known: list[dict[str, str]] = []
         self.tickets: tuple[_Ticket, ...] = ()
@@ -225,7 +230,7 @@ class _Cache:
     @property
     def size(self) -> int:
         """How many traces there are."""
-        return len({id(entry) for entry in self._entries.values()}) + len(self._open)
+        return sum(map(len, self._entries.values())) + len(self._open)
 
     def ticket(self, call: Call) -> _Ticket | None:
         """What recognises a call, if anything does."""
@@ -243,10 +248,8 @@ class _Cache:
 
     def find(self, key: Hashable, call: Call) -> Executable | None:
         """The trace that serves a call."""
-        entry = self._entries.get(key)
-        if entry is not None and entry.captured_same():
-            return entry
-        return next((entry for entry in self._open if entry.accepts(call)), None)
+        same = (entry for entry in self._entries.get(key, ()) if entry.surroundings_same())
+        return next(same, None) or next((entry for entry in self._open if entry.accepts(call)), None)
 
     def explain(self, call: Call) -> None:
         """Log why a call needs a trace."""
@@ -256,17 +259,12 @@ class _Cache:
 
     def store(self, key: Hashable, call: Call, entry: Executable) -> None:
         """Keep a trace."""
-        if entry.is_open:
-            self._open.append(entry)
-            return
-        self._entries[key] = entry
-        if not entry.has_gradients:  # nothing requires one, so the trace serves both grad modes
-            self._entries[call.key(not torch.is_grad_enabled())] = entry
+        (self._open if entry.is_open else self._entries.setdefault(key, [])).append(entry)
 
 
 def _open_axes(call: Call) -> list[list[int]]:
     """For each tensor of a call the axes that are mapped, so far as can be told."""
-    if isinstance(call.fun, Vmapped):
+    if isinstance(call.fun, Vmapped) and not isinstance(call.fun.__wrapped__, Vmapped):
         args, kwargs = call.arguments(call.values)
         mapped = open_arguments(InAxes(call.fun.options[0]), tuple(args), kwargs, call.fun)
         axes = {id(value): axis for value, axis in zip(mapped.values, mapped.axes, strict=True)}
