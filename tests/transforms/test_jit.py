@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchbatch
 from torchbatch import grad, jit, lax, vmap
-from torchbatch.errors import AxisSpecError, UnsupportedOperationError
+from torchbatch.errors import AxisSpecError
 
 replayed = functools.partial(jit, backend="eager")
 X = torch.tensor([1.0, 2.0, 3.0])
@@ -223,7 +223,7 @@ def test_wrapper_looks_like_the_function():
     assert replayed_double.__name__ == "double" and replayed_double.__doc__ == "Twice."
     assert replayed_double.__wrapped__ is double
     assert inspect.signature(replayed_double) == inspect.signature(double)
-    assert repr(replayed_double) == "<jitted of double>"
+    assert repr(replayed_double) == "<jit of double>"
 
 
 @jit(backend="eager")

@@ -1,4 +1,4 @@
-"""jit: captured tensors, and draws from generators, which are tensors' state from outside too."""
+"""jit: tensors that the function closes over, and draws from generators."""
 
 from __future__ import annotations
 

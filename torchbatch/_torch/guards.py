@@ -28,13 +28,25 @@ _set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 
 
 def tensors_like(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
-    """A function that tells whether as many other tensors are like these, and all distinct.
+    """A function that tells whether as many other tensors are like these, and the same ones among them are one.
 
     Raises:
         TypeError: (the function) it is given another number of tensors.
     """
-    check: Callable[..., bool] = _guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-    return check
+    first = {id(value): i for i, value in reversed(list(enumerate(tensors)))}
+    places = [first[id(value)] for value in tensors]
+    distinct = sorted(set(places))
+    guard: Any = _guards.TensorGuards(*(tensors[i] for i in distinct), dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    check: Callable[..., bool] = guard.check
+    if len(distinct) == len(tensors):
+        return check
+
+    def check_with_repetitions(*values: Any) -> bool:
+        if len(values) != len(places):
+            raise TypeError("wrong length")
+        return all(values[i] is value for i, value in zip(places, values, strict=True)) and check(*(values[i] for i in distinct))
+
+    return check_with_repetitions
 
 
 def state_like_now() -> Callable[[], bool]:

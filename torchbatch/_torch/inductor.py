@@ -60,7 +60,8 @@ def settings(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, A
     try:
         found = list_mode_options(mode) if mode is not None else {}
     except RuntimeError as error:
-        raise AxisSpecError(f"jit: {error}") from None
+        known_modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+        raise AxisSpecError(f"jit: mode must be one of {', '.join(known_modes)}, but it is {mode!r}.") from error
     given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
     return {**_OURS, **found, **given}
 
@@ -78,8 +79,6 @@ def compile_graph(module: GraphModule, examples: Sequence[torch.Tensor], trace: 
         return made[-1]
 
     own = GraphModule(module, copy.deepcopy(module.graph))  # the compiler changes what it is given
-    with trace.mode:
-        simplify(own.graph)
     places = _open_sizes(examples)
     sizes = _take_sizes(own, places, examples)
     constants = _take_constants(own)
@@ -173,6 +172,15 @@ def _explained(error: BaseException) -> CompilerError:
     )
 
 
+def simplified(trace: Trace) -> Trace:
+    """A trace with a graph that costs less and gives the same."""
+    module = GraphModule(trace.graph, copy.deepcopy(trace.graph.graph))
+    with torch.no_grad(), trace.mode:
+        simplify(module.graph, fixed_sizes=trace.sizes is None)
+    module.recompile()
+    return trace._replace(graph=module)
+
+
 def partition(trace: Trace, decompose: bool) -> tuple[GraphModule, GraphModule]:
     """The forward and the backward graph of a trace with gradients.
 
@@ -180,10 +188,8 @@ def partition(trace: Trace, decompose: bool) -> tuple[GraphModule, GraphModule]:
     tangents.
     """
     table = select_decomp_table() if decompose else None
-    whole = GraphModule(trace.graph, copy.deepcopy(trace.graph.graph))
     with torch.no_grad(), trace.mode:
-        simplify(whole.graph)
-        joint = make_fx(Interpreter(whole).run, table)(*trace.examples)
+        joint = make_fx(Interpreter(trace.graph).run, table)(*trace.examples)
     placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"]
     for i, node in enumerate(placeholders):
         primal = len(placeholders) - i > len(trace.differentiable)

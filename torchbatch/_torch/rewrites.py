@@ -1,10 +1,15 @@
-"""Other forms of what a trace recorded, which cost less: batching rules leave transpositions behind that say nothing.
+"""Other forms of what a trace recorded, which cost less.
 
-Names used: those of ``torch.ops.aten``, as torch 2.11, 2.13 and 2.15 have them.
+Batching rules leave transpositions behind that say nothing, forward-mode derivatives are full of tangents that are zero, and
+Jacobians begin with a product with the identity. All of them are known when the graph is made. The results are the same up to
+rounding. A zero tangent stays zero next to inf and NaN, as it does in PyTorch's own forward mode.
+
+Operators used: those of ``torch.ops.aten``, as torch 2.11, 2.13 and 2.15 have them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,50 +18,197 @@ from torch.fx import Graph, Node
 from torchbatch._torch.graphs import has_effect
 
 _aten = torch.ops.aten
-_PRODUCTS = (_aten.mm.default, _aten.bmm.default)
+_MATMULS = (_aten.mm.default, _aten.bmm.default)
+_SAME_SHAPE_VIEWS = frozenset((_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.expand.default))
+_TRANSPOSITIONS = frozenset((_aten.permute.default, _aten.t.default, _aten.transpose.int))
+_VIEWS = _SAME_SHAPE_VIEWS | _TRANSPOSITIONS | {_aten.unsqueeze.default, _aten.squeeze.dims, _aten.squeeze.dim}
+# What is zero if its first argument is, and what is zero if any of its arguments is.
+_LINEAR = _VIEWS | {_aten.neg.default, _aten.mul.Scalar, _aten.div.Tensor, _aten.sum.dim_IntList, _aten.sum.default}
+_LINEAR |= {_aten.tanh_backward.default, _aten.sigmoid_backward.default, _aten.threshold_backward.default}
+_PRODUCTS = frozenset((_aten.mul.Tensor, _aten.mm.default, _aten.bmm.default, _aten.mv.default))
 
 
-def simplify(graph: Graph) -> None:
-    """Rewrite a graph in place; its results are the same up to rounding."""
-    for node in list(graph.nodes):
-        if node.target in _PRODUCTS:
-            _transpose_operands(graph, node)
+def simplify(graph: Graph, fixed_sizes: bool) -> None:
+    """Rewrite a graph in place.
+
+    Must be called under the fake mode of the values that its nodes carry. Where sizes are left open, what depends on two
+    sizes being equal is not done.
+    """
+    own = [not _is_input(node) for node in _results(graph)]
+    zeros: set[Node] = set()
+    by_size = (_drop_copy, _drop_zero(zeros), _drop_identity, _fold_shared) if fixed_sizes else ()
+    for rewrite in (*by_size, _transpose_operands):
+        for node in list(graph.nodes):
+            if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+                with graph.inserting_before(node):
+                    found = rewrite(graph, node)
+                if found is not None:
+                    node.replace_all_uses_with(found)
+    _copy_inputs(graph, own)
     graph.eliminate_dead_code(has_effect)
 
 
-def _transpose_operands(graph: Graph, product: Node) -> None:
+def _results(graph: Graph) -> list[Node]:
+    results: Any = graph.output_node().args[0]
+    return list(results)
+
+
+def _is_input(node: Node) -> bool:
+    """Whether a node is an input of the graph, or a view of one."""
+    while node.target in _VIEWS:
+        node = _operands(node)[0]
+    return node.op == "placeholder"
+
+
+def _copy_inputs(graph: Graph, own: Sequence[bool]) -> None:
+    """Copy those results that had a memory of their own before, and are inputs now."""
+    output, results = graph.output_node(), _results(graph)
+    with graph.inserting_before(output):
+        copied = [
+            _add(graph, _aten.clone.default, node) if had and _is_input(node) else node
+            for node, had in zip(results, own, strict=True)
+        ]
+    output.args = (copied,)
+
+
+def _value(node: Node) -> torch.Tensor:
+    value: torch.Tensor = node.meta["val"]
+    return value
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(_value(node).shape)
+
+
+def _add(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """A new operation, with the value that it has on fakes."""
+    made = graph.call_function(target, args, kwargs)
+    made.meta["val"] = target(*(_value(arg) if isinstance(arg, Node) else arg for arg in args), **kwargs)
+    return made
+
+
+def _operands(node: Node) -> list[Node]:
+    return [arg for arg in node.args if isinstance(arg, Node)]
+
+
+def _drop_copy(graph: Graph, node: Node) -> Node | None:
+    """A copy, or a view, that changes neither shape nor dtype."""
+    if node.target is _aten.copy.default:
+        source = _operands(node)[-1]
+    elif node.target in _SAME_SHAPE_VIEWS:
+        source = _operands(node)[0]
+    else:
+        return None
+    same = len(_operands(node)) == (2 if node.target is _aten.copy.default else 1) and _shape(source) == _shape(node)
+    return source if same and _value(source).dtype is _value(node).dtype else None
+
+
+def _drop_zero(zeros: set[Node]) -> Callable[[Graph, Node], Node | None]:
+    """Leave out tangents that are zero; ``zeros`` collects the nodes that are."""
+
+    def rewrite(graph: Graph, node: Node) -> Node | None:
+        operands = _operands(node)
+        linear = node.target in _LINEAR and operands[0] in zeros
+        product = node.target in _PRODUCTS and any(operand in zeros for operand in operands)
+        if _is_zero_tangent(node) or linear or product:
+            zeros.add(node)
+        elif node.target is _aten.add.Tensor and len(operands) == 2 and not node.kwargs:
+            rest = [operand for operand in operands if operand not in zeros]
+            if not rest:
+                zeros.add(node)
+            elif len(rest) == 1 and _value(rest[0]).dtype is _value(node).dtype:
+                return _as_wide(graph, rest[0], node)
+        return None
+
+    return rewrite
+
+
+def _is_zero_tangent(node: Node) -> bool:
+    """``zeros([]).expand(…)``, as forward mode records it; a user's own zeros carry one more option."""
+    if node.target is not _aten.expand.default:
+        return False
+    source = _operands(node)[0]
+    return source.target is _aten.zeros.default and not source.args[0] and "pin_memory" not in source.kwargs
+
+
+def _as_wide(graph: Graph, source: Node, like: Node) -> Node:
+    return source if _shape(source) == _shape(like) else _add(graph, _aten.expand.default, source, list(_shape(like)))
+
+
+def _drop_identity(graph: Graph, node: Node) -> Node | None:
+    """A product with the unit vectors that a Jacobian is computed from."""
+    if node.target is not _aten.mm.default:
+        return None
+    left, right = _operands(node)
+    return left if _is_identity(right) else right if _is_identity(left) else None
+
+
+def _is_identity(node: Node) -> bool:
+    if node.target in (*_SAME_SHAPE_VIEWS, _aten.permute.default, _aten.t.default) and len(_shape(node)) == 2:
+        source = _operands(node)[0]
+        return _shape(source) == _shape(node) and _is_identity(source)
+    if node.target is not _aten.diagonal_scatter.default or len(node.args) != 2:
+        return False
+    rows, ones = _operands(node)
+    square = len(_shape(node)) == 2 and _shape(node)[0] == _shape(node)[1]
+    empty = rows.target in (_aten.new_zeros.default, _aten.zeros.default)
+    return bool(square and empty and ones.target is _aten.fill.Scalar and ones.args[1] == 1)
+
+
+def _fold_shared(graph: Graph, node: Node) -> Node | None:
+    """One product in the place of a batch of products in which one operand is the same for all."""
+    if node.target is not _aten.bmm.default:
+        return None
+    left, right = _operands(node)
+    batch, rows, columns = _shape(node)
+    matrix = _shared(right)
+    if matrix is not None:
+        flat = _add(graph, _aten.reshape.default, left, [batch * rows, _shape(left)[2]])
+        return _add(graph, _aten.view.default, _add(graph, _aten.mm.default, flat, matrix), [batch, rows, columns])
+    matrix = _shared(left)
+    if matrix is None or columns != 1:
+        return None
+    vectors = _add(graph, _aten.squeeze.dims, right, [2])
+    product = _add(graph, _aten.mm.default, vectors, _add(graph, _aten.permute.default, matrix, [1, 0]))
+    return _add(graph, _aten.unsqueeze.default, product, 2)
+
+
+def _shared(node: Node) -> Node | None:
+    """The matrix that every entry of a batch of matrices is, if that can be seen."""
+    while node.target in _SAME_SHAPE_VIEWS:
+        source = _operands(node)[0]
+        if node.target is _aten.expand.default and len(_shape(source)) == 2:
+            return source if _shape(source) == _shape(node)[1:] else None
+        if _shape(source) != _shape(node):
+            return None
+        node = source
+    return None
+
+
+def _transpose_operands(graph: Graph, node: Node) -> Node | None:
     """``(A Bᵀ)ᵀ = B Aᵀ``: the transposition of a product is free where an operand is transposed already."""
-    users = list(product.users)
-    if len(users) != 1 or _transposed(users[0]) is not product:
-        return
-    left, right = (operand for operand in product.args if isinstance(operand, Node))
+    product = _transposed(node)
+    if product is None or product.target not in _MATMULS or len(product.users) != 1:
+        return None
+    left, right = _operands(product)
     if _transposed(left) is None and _transposed(right) is None:
-        return
-    with graph.inserting_before(users[0]):
-        operands = [_transposed(operand) or _transposition(graph, operand) for operand in (right, left)]
-        found = graph.call_function(product.target, tuple(operands))  # type: ignore[arg-type]
-    found.meta = dict(users[0].meta)
-    users[0].replace_all_uses_with(found)
+        return None
+    operands = [_transposed(operand) or _add(graph, _aten.transpose.int, operand, -2, -1) for operand in (right, left)]
+    return _add(graph, product.target, *operands)
 
 
 def _transposed(node: Node) -> Node | None:
     """What a node transposes in its last two axes, if that is all it does."""
-    if node.op != "call_function" or not isinstance(node.args[0], Node):
+    if node.target not in _VIEWS:
         return None
-    source: Node = node.args[0]
-    rank = source.meta["val"].dim()
-    if node.target is _aten.t.default and rank == 2:
-        return source
+    source = _operands(node)[0]
+    rank = len(_shape(source))
+    axes: Sequence[Any] = node.args[1:]
+    if node.target is _aten.t.default:
+        return source if rank == 2 else None
     if node.target is _aten.permute.default:
-        axes: Any = node.args[1]
-        order = [axis % rank for axis in axes]
+        order = [axis % rank for axis in axes[0]]
         return source if order == [*range(rank - 2), rank - 1, rank - 2] else None
-    if node.target is _aten.transpose.int and {axis % rank for axis in node.args[1:]} == {rank - 1, rank - 2}:
-        return source
+    if node.target is _aten.transpose.int:
+        return source if {axis % rank for axis in axes} == {rank - 1, rank - 2} else None
     return None
-
-
-def _transposition(graph: Graph, node: Node) -> Node:
-    made = graph.call_function(_aten.transpose.int, (node, -2, -1))
-    made.meta["val"] = node.meta["val"].transpose(-2, -1)
-    return made

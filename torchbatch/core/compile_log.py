@@ -15,6 +15,7 @@ from torchbatch.errors import RetraceWarning
 
 logger = logging.getLogger("torchbatch.jit")
 _MANY = 8
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _PATIENCE = 2.0  # seconds of silence on a terminal
 
 
@@ -41,15 +42,23 @@ def traced(name: str, known: Sequence[Mapping[str, str]], new: Mapping[str, str]
         logger.info("tracing %s: the first call", name)
         return
     reason = difference(known, new)
-    logger.info("tracing %s again (%d. signature): %s", name, len(known) + 1, reason)
+    logger.info("tracing %s again (kind of call no. %d): %s", name, len(known) + 1, reason)
     if len(known) == _MANY:
         warnings.warn(
             f"jit: {name} is traced for the {len(known) + 1}th time, each for another kind of call; the last one because of "
             f"{reason}. Each trace is compiled and kept. If a size changes, pad it or use jit(…, dynamic=True); if a static "
             f"argument does, pass it as a tensor. TORCHBATCH_LOG_COMPILES=1 shows each reason.",
             RetraceWarning,
-            stacklevel=5,
+            stacklevel=_levels_to_user(),
         )
+
+
+def _levels_to_user() -> int:
+    """How far up the stack the line is that called the jit function, for a warning that is given by the caller of this."""
+    frame, levels = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, levels = frame.f_back, levels + 1
+    return levels
 
 
 def difference(known: Sequence[Mapping[str, str]], new: Mapping[str, str]) -> str:
@@ -81,7 +90,7 @@ def compiling(name: str) -> Iterator[None]:
         yield
     finally:
         done.set()
-        logger.info("compiled %s in %.2f s", name, time.perf_counter() - started)
+    logger.info("compiled %s in %.2f s", name, time.perf_counter() - started)
 
 
 def _show(name: str, started: float, done: threading.Event) -> None:

@@ -18,6 +18,7 @@ from torchbatch._torch.levels import remove_batch_dim
 from torchbatch.core import batch, tree
 from torchbatch.core.argnums import alias, flatten
 from torchbatch.core.describe import describe
+from torchbatch.core.weak import active, strong
 from torchbatch.errors import GradientTypeError, InPlaceError
 
 FLOAT0 = torch.bool  # the dtype of tangents and cotangents of integers: PyTorch has no empty dtype as JAX's float0
@@ -76,6 +77,8 @@ class Primals:
 
     def __init__(self, values: Any, names: Callable[[], list[str]]) -> None:
         leaves, self.structure = flatten(values)
+        if active.numbers is not None:
+            leaves = [strong(leaf) for leaf in leaves]
         self.names = names
         self.tensors: list[torch.Tensor] = leaves
         self.active: Sequence[int] = range(len(leaves))

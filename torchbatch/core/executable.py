@@ -16,7 +16,7 @@ from torchbatch.core import compile_log
 from torchbatch.core.describe import function_name
 from torchbatch.core.program import Program, one_at_a_time
 from torchbatch.core.signature import Call
-from torchbatch.errors import AxisSpecError, UnsupportedOperationError
+from torchbatch.errors import AxisSpecError, CompilerError, UnsupportedOperationError
 
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 Build = Callable[[GraphModule, Sequence[torch.Tensor]], tuple[Run, str]]
@@ -53,6 +53,8 @@ class Backend:
             found: tuple[Run, str] = compiler().compile_graph(module, examples, trace, self._settings)
             return found
         run = module.forward if self.name == "eager" else self.name(module, list(examples))
+        if not callable(run):
+            raise CompilerError(f"jit: the backend {function_name(self.name)} must return a function, but it returned {run!r}.")
         return (lambda values: run(*values)), module.code
 
 
@@ -60,7 +62,8 @@ class Executable:
     """A compiled program: ``run`` takes the flat tensors of a call and gives the flat outputs, ``finish`` their tree."""
 
     def __init__(self, program: Program, backend: Backend) -> None:
-        self.trace = trace = program.trace
+        compiled = backend.name == "inductor"
+        self.trace = trace = compiler().simplified(program.trace) if compiled else program.trace
         self.backend, self.name = backend, function_name(program.call.fun)
         self.single = program.single
         self.finish: Callable[[Any], Any] = program.structure.unflatten
@@ -72,7 +75,7 @@ class Executable:
         self._mutated = trace.mutated
         self.source: list[str] = []
         if trace.differentiable:
-            forward, self._backward_graph = compiler().partition(trace, decompose=backend.name == "inductor")
+            forward, self._backward_graph = compiler().partition(trace, decompose=compiled)
             with trace.mode:
                 _keep_outputs_apart(forward, trace.outputs + len(trace.mutated))
             self._forward = self._build(forward, trace.examples[: len(trace.examples) - len(trace.differentiable)])
@@ -100,7 +103,12 @@ class Executable:
         captured = self.captured
         anything = any(value.requires_grad for value in (*program.call.values, *captured))
         forward = guards.without_gradients(self._forward) if anything or self.backend.name != "inductor" else self._forward
-        return (lambda values: forward([*values, *captured])) if captured else forward
+
+        def run(values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+            values += captured  # in place: whoever is called frees the tensors as it goes
+            return forward(values)
+
+        return run if captured else forward
 
     def _run_writing(self, values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         values = [*values, *self.captured]
@@ -114,10 +122,10 @@ class Executable:
     def _run_differentiable(self, values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         inputs = [*values, *self.captured]
         _check_apart([inputs[i] for i in self._mutated], inputs)
-        results: Any = _apply(self, _linked(*(inputs[i] for i in self.trace.wanted)), *inputs)
+        results: Any = _apply(self, *inputs)
         count = self.trace.outputs
         with torch.no_grad():
-            for position, value in zip(self._mutated, results[count:], strict=True):
+            for position, value in zip(self._mutated, results[count:-1], strict=True):
                 inputs[position].copy_(value)
         return results[:count]  # type: ignore[no-any-return]
 
@@ -139,31 +147,19 @@ class Executable:
             return self._build(graph, [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")])
 
 
-class _Link(torch.autograd.Function):
-    """An empty tensor that autograd connects with others, and that holds none of their memory."""
-
-    @staticmethod
-    def forward(ctx: Any, *values: torch.Tensor) -> torch.Tensor:
-        ctx.count = len(values)
-        return torch.empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *tangents: torch.Tensor) -> Any:
-        return (None,) * ctx.count
-
-
 class _Differentiable(torch.autograd.Function):
     """Ties the compiled forward and backward pass into autograd."""
 
     @staticmethod
-    def forward(ctx: Any, executable: Executable, link: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, executable: Executable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         results, saved = executable.forward(inputs)
         ctx.executable = executable
+        link = torch.empty(0)  # one more output, which is saved too: it leads from the backward pass to the inputs
         ctx.save_for_backward(link, *(value for value in saved if isinstance(value, torch.Tensor)))
         ctx.sizes = [value for value in saved if not isinstance(value, torch.Tensor)]
         wanted = set(executable.trace.differentiable)
         ctx.mark_non_differentiable(*(value for i, value in enumerate(results) if i not in wanted))
-        return tuple(results)
+        return (*results, link)
 
     @staticmethod
     def backward(ctx: Any, *tangents: torch.Tensor) -> Any:
@@ -174,10 +170,10 @@ class _Differentiable(torch.autograd.Function):
             given = [tangents[i].contiguous() for i in trace.differentiable]
             found = executable.backward([*ctx.sizes, *saved, *given])
         if torch.is_grad_enabled():
-            found = _once(len(found), link, *tangents, *found)
-        gradients: list[Any] = [None] * (len(trace.examples) - len(trace.differentiable) + 2)
+            found = _once(len(found), link, *tangents[:-1], *found)
+        gradients: list[Any] = [None] * (len(trace.examples) - len(trace.differentiable) + 1)
         for position, value in zip(trace.wanted, found, strict=True):
-            gradients[position + 2] = value
+            gradients[position + 1] = value
         return tuple(gradients)
 
 
@@ -200,7 +196,6 @@ def _differentiated_twice() -> UnsupportedOperationError:
     )
 
 
-_linked: Callable[..., torch.Tensor] = _Link.apply
 _apply: Callable[..., Any] = _Differentiable.apply
 _once: Callable[..., Any] = _Once.apply
 

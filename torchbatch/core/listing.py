@@ -21,7 +21,7 @@ from torch.fx.operator_schemas import get_signature_for_torch_op
 
 from torchbatch._torch.graphs import Trace
 from torchbatch.core import views
-from torchbatch.core.views import Shape, View, joined
+from torchbatch.core.views import Shape, Size, View, joined
 
 _SMALL = 6  # a constant with so many elements stands where it is used
 _PRODUCTS = frozenset("mm bmm mv dot vdot addmm addmv baddbmm addbmm".split())
@@ -126,8 +126,8 @@ class Listing:
     def _named(self, node: Node, value: Any, shape: Any = None) -> str:
         """Give a node a letter; that letter with its type, which may leave out axes of size 1."""
         if not isinstance(value, torch.Tensor):
-            self._values[node] = str(value)
-            return str(value)
+            self._values[node] = str(value).replace(" ", "")
+            return str(self._values[node])
         letter, shown = next(self._letters), sizes(value.shape if shape is None else shape)
         self._values[node] = views.reshaped(views.named(letter, shown), shape_of(value))
         return f"{letter}:{typed(value.dtype, shown)}"
@@ -160,7 +160,7 @@ class Listing:
         elif node.target is operator.getitem:
             self._values[node] = self._values[_node(node.args[0])][node.args[1]]
         elif not isinstance(value, torch.Tensor | tuple | list):
-            self._values[node] = str(value)
+            self._named(node, value)
         else:
             found = self._folded(node)
             if found is None:
@@ -221,7 +221,7 @@ class Listing:
         if isinstance(value, Constant):
             number = _numbers(value.number)
             return number if bare else f"{number}:{typed(value.dtype, value.shape)}"
-        return ":" if value is None and not broadcast else _numbers(value)
+        return _numbers(value)
 
     # --- what needs no line ------------------------------------------------------------------------------------------
 
@@ -236,7 +236,17 @@ class Listing:
         if isinstance(known, Constant) and (name in _FOLDS or _is_view(node)):
             same = [Constant(known.number, known.dtype, shape_of(part)) for part in _parts(value)]
             return same[0] if isinstance(value, torch.Tensor) else same
-        return _view(name, known, node) if isinstance(known, View) else None
+        return self._view(node, name, known) if isinstance(known, View) else None
+
+    def _view(self, node: Node, name: str, view: View) -> Any:
+        found = _FOLDS[name](view, node) if name in _FOLDS else None
+        if found is not None and not (isinstance(found, list) and None in found):
+            return found
+        value = _value(node)
+        if not _is_view(node) or name in _LAZY or not isinstance(value, torch.Tensor) or value.dtype is not _dtype(node):
+            return None
+        settings = ",".join([self._text(argument) for argument in node.args[1:]])
+        return views.named(f"{views.text(view)}.{name}({settings})", shape_of(value))
 
     def _number(self, node: Node, name: str) -> Any:
         """The number with which an operation fills a tensor, if that is what it does."""
@@ -247,17 +257,6 @@ class Listing:
             known = self._values[number]
             return known.number if isinstance(known, Constant) else None
         return number
-
-
-def _view(name: str, view: View, node: Node) -> Any:
-    if name in _FOLDS:
-        found = _FOLDS[name](view, node)
-        return None if isinstance(found, list) and None in found else found
-    value = _value(node)
-    if not _is_view(node) or name in _LAZY or not isinstance(value, torch.Tensor):
-        return None
-    settings = [_setting("", value, node) for _, value, default in _bound(node)[1:] if value != default]
-    return views.named(f"{views.text(view)}.{name}({','.join(settings)})", shape_of(value))
 
 
 # --- views, by the name of the operator ------------------------------------------------------------------------------
@@ -272,8 +271,7 @@ def _copied(view: View, node: Node) -> View | None:
 
 def _reshaped(view: View, node: Node) -> View | None:
     value = _value(node)
-    same_dtype = value.dtype is _value(_node(node.args[0])).dtype
-    return views.reshaped(view, shape_of(value)) if same_dtype else None
+    return views.reshaped(view, shape_of(value)) if value.dtype is _dtype(node) else None
 
 
 def _expanded(view: View, node: Node) -> View:
@@ -343,7 +341,11 @@ def letters() -> Iterator[str]:
 
 def sizes(shape: Sequence[Any]) -> Shape:
     """A shape, with text for sizes that are left open."""
-    return tuple([size if isinstance(size, int) else str(size) for size in shape])
+    return tuple([size if isinstance(size, int) else _size(str(size)) for size in shape])
+
+
+def _size(text: str) -> Size:
+    return int(text) if text.isdigit() else text.replace(" ", "")
 
 
 def shape_of(value: torch.Tensor) -> Shape:
@@ -381,8 +383,6 @@ def _numbers(value: Any) -> str:
     """A number, or a list of them, in few characters."""
     if isinstance(value, tuple | list):
         return f"[{','.join([_numbers(entry) for entry in value])}]"
-    if isinstance(value, torch.dtype):
-        return short(value)
     if not isinstance(value, float):
         return str(value)
     text = f"{value:.6g}"
@@ -423,6 +423,12 @@ def _conversion(node: Node) -> list[str]:
 
 def _value(node: Node) -> Any:
     return node.meta.get("val")
+
+
+def _dtype(node: Node) -> torch.dtype:
+    """That of the first argument."""
+    found: torch.dtype = _value(_node(node.args[0])).dtype
+    return found
 
 
 def _parts(value: Any) -> Sequence[torch.Tensor]:

@@ -16,9 +16,10 @@ from torchbatch.core import tree
 from torchbatch.core.argnums import flatten
 from torchbatch.core.describe import function_name, shown
 from torchbatch.core.frames import in_scope
+from torchbatch.core.indexing import IntegerIndices
 from torchbatch.core.signature import Call
 from torchbatch.core.training import RanModules
-from torchbatch.core.weak import WeakNumbers
+from torchbatch.core.weak import WeakNumbers, strong
 from torchbatch.core.writes import may_keep
 from torchbatch.errors import OutputTypeError, TorchbatchError
 
@@ -60,15 +61,13 @@ class Program:
     def _flat(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         numbers = [inputs[i] for i in self.call.numbers]
         args, kwargs = self.call.arguments(inputs)
-        weak = WeakNumbers(numbers)
-        with weak if numbers else nullcontext():
-            output = self.call.fun(*args, **kwargs)
-        leaves, self.structure = flatten(output)
-        return [self._tensor(leaf, i, weak) for i, leaf in enumerate(leaves)]
+        with IntegerIndices(), WeakNumbers(numbers) if numbers else nullcontext():
+            leaves, self.structure = flatten(self.call.fun(*args, **kwargs))
+            return [self._tensor(strong(leaf), i) for i, leaf in enumerate(leaves)]
 
-    def _tensor(self, leaf: Any, index: int, weak: WeakNumbers) -> torch.Tensor:
+    def _tensor(self, leaf: Any, index: int) -> torch.Tensor:
         if isinstance(leaf, torch.Tensor):
-            return weak.strong(leaf)
+            return leaf
         if isinstance(leaf, torch.SymInt):  # a size that was left open
             return torch.scalar_tensor(leaf, dtype=torch.int64)  # type: ignore[arg-type]
         if isinstance(leaf, bool | int | float | complex):

@@ -81,7 +81,7 @@ class Call(NamedTuple):
     def _described(self, index: int) -> str:
         value = self.values[index]
         if index in self.numbers:
-            return f"a {next(kind.__name__ for kind, dtype in WIDEST.items() if dtype is value.dtype)}"
+            return f"Python {next(kind.__name__ for kind, dtype in WIDEST.items() if dtype is value.dtype)}"
         details = [] if value.is_contiguous() else [f"strides {tuple(value.stride())}"]
         details += ["requires_grad"] if value.requires_grad else []
         details += [f"on {value.device}"] if value.device.type != "cpu" else []
@@ -231,7 +231,7 @@ def bind(
     for i, leaf in enumerate(leaves):
         if type(leaf) is not torch.Tensor:
             leaf = leaves[i] = _as_tensor(leaf, call, i)
-        elif leaf.layout is not torch.strided or leaf.is_nested:
+        elif leaf.layout is not torch.strided or leaf.is_nested or leaf.is_quantized:
             _check_plain(leaf, call, i)
         if leaf.is_conj() or leaf.is_neg():
             leaves[i] = leaf.resolve_conj().resolve_neg()
@@ -245,7 +245,8 @@ def _as_tensor(leaf: Any, call: Call, index: int) -> torch.Tensor:
         _check_plain(leaf, call, index)
         return leaf
     if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufc":
-        return torch.as_tensor(leaf)
+        native = np.asarray(leaf, dtype=leaf.dtype.newbyteorder("="))
+        return torch.as_tensor(native if all(stride >= 0 for stride in native.strides) else native.copy())
     name = call.names()[index]
     owner = call.owners()[index]
     option = f"static_argnums={owner}" if isinstance(owner, int) else f"static_argnames={owner!r}"
@@ -266,10 +267,11 @@ def _as_weak(number: Any, call: Call, index: int) -> torch.Tensor:
 
 
 def _check_plain(leaf: torch.Tensor, call: Call, index: int) -> None:
-    dense = leaf.layout is torch.strided and not leaf.is_nested
+    dense = leaf.layout is torch.strided and not leaf.is_nested and not leaf.is_quantized
     if dense and _is_plain_class(type(leaf)):
         return
-    kind = "nested tensor" if leaf.is_nested else type(leaf).__name__ if dense else "sparse tensor"
+    odd = "nested tensor" if leaf.is_nested else "quantized tensor" if leaf.is_quantized else "sparse tensor"
+    kind = type(leaf).__name__ if dense else odd
     raise UnsupportedOperationError(
         f"jit: argument {call.names()[index]} of {function_name(call.fun)} is a {kind}; jit takes plain dense tensors. Pass "
         f"the tensors it is made of, and build it inside the function."

@@ -2,23 +2,26 @@
 
 A number that is an argument of a jit function is a tensor inside, so that another number needs no other trace. PyTorch
 promotes a zero-dimensional tensor by its dtype, but a number only by its kind (bool, int, float, complex). JAX calls such a
-value weakly typed. Here it is a zero-dimensional tensor of the widest dtype of its kind, which is cast before each operation
-to what the other operands make of it.
+value weakly typed. Here it is a zero-dimensional tensor of the widest dtype of its kind, which is cast before an operation to
+what the other operands make of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from torchbatch.core.argnums import flatten
+from torchbatch.errors import InPlaceError
 
-WIDEST = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
 _CPU = torch.device("cpu")
+WIDEST = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
 _KINDS = {dtype: kind for kind, dtype in WIDEST.items()}
+_INEXACT = (torch.float64, torch.complex128)
 
 
 def as_weak(number: bool | int | float | complex) -> torch.Tensor:
@@ -26,11 +29,26 @@ def as_weak(number: bool | int | float | complex) -> torch.Tensor:
     return torch.scalar_tensor(number, dtype=WIDEST[type(number)], device=_CPU)
 
 
-def strong_dtype(dtype: torch.dtype) -> torch.dtype:
+def _strong_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that PyTorch makes of a number by default, for that of a weak tensor."""
     if dtype is torch.float64:
         return torch.get_default_dtype()
     return torch.get_default_dtype().to_complex() if dtype is torch.complex128 else dtype
+
+
+class _Active(threading.local):
+    """The numbers of the function that is traced in this thread."""
+
+    numbers: WeakNumbers | None = None
+
+
+active = _Active()
+
+
+def strong(value: Any) -> Any:
+    """A value as it enters a transform or leaves the function: a number gets PyTorch's default dtype for its kind."""
+    numbers = active.numbers
+    return value if numbers is None or not numbers.is_weak(value) else value.to(_strong_dtype(value.dtype))
 
 
 class WeakNumbers(TorchFunctionMode):
@@ -40,56 +58,117 @@ class WeakNumbers(TorchFunctionMode):
         super().__init__()
         self._weak = {id(number): number for number in numbers}  # kept alive, so that an id stands for one tensor
 
+    def __enter__(self) -> Any:
+        self._outer, active.numbers = active.numbers, self
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        active.numbers = self._outer
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
     def is_weak(self, value: Any) -> bool:
         """Whether a value is one of the weak tensors."""
         return id(value) in self._weak
 
-    def strong(self, value: torch.Tensor) -> torch.Tensor:
-        """A tensor as it leaves the function: a number gets PyTorch's default dtype for its kind."""
-        return value.to(strong_dtype(value.dtype)) if self.is_weak(value) else value
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
         leaves, structure = flatten((args, kwargs))
         weak = [i for i, leaf in enumerate(leaves) if self.is_weak(leaf)]
-        if not weak or _is_question(func):
+        if not weak or name == "__get__":  # reading a property, such as x.dtype
             return func(*args, **kwargs)
+        if name in _MAKERS:
+            return _MAKERS[name](self, *args, **kwargs)
         others = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not self.is_weak(leaf)]
         if not others:
-            return self._alone(func, args, kwargs)
+            return self._alone(func, leaves, structure)
+        _check_write(name, leaves[0], [leaves[i] for i in weak])
         for i in weak:
-            if leaves[i].dtype in _FLOATING or _is_arithmetic(func):
-                leaves[i] = leaves[i].to(_promoted(leaves[i], others))
+            leaves[i] = _beside(leaves[i], others, name)
         args, kwargs = structure.unflatten(leaves)
         return func(*args, **kwargs)
 
-    def _alone(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _alone(self, func: Any, leaves: list[Any], structure: Any) -> Any:
         """What is computed of numbers alone is a number again."""
+        name = getattr(func, "__name__", "").strip("_")
+        if _is_arithmetic(name) or name in ("neg", "abs", "pos"):
+            division = "div" in name and "floor" not in name
+            leaves = [self._counted(leaf, division) for leaf in leaves]
+        args, kwargs = structure.unflatten(leaves)
         result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor) and result.dim() == 0 and result.dtype in _KINDS and func is not torch.Tensor.to:
+        if isinstance(result, torch.Tensor) and result.dim() == 0 and result.dtype in _KINDS and name not in _CONVERSIONS:
             self._weak[id(result)] = result
         return result
 
+    def _counted(self, leaf: Any, division: bool) -> Any:
+        """A truth value is a number in arithmetic, and the quotient of two whole numbers is none."""
+        if not self.is_weak(leaf) or leaf.dtype in _INEXACT:
+            return leaf
+        return leaf.to(torch.float64 if division else torch.int64)
 
-def _is_question(func: Any) -> bool:
-    """Whether a call only asks for a property: reading ``x.dtype`` is a call, too."""
-    return getattr(func, "__name__", "") == "__get__"
+    def full(self, size: Any, fill_value: Any, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
+        """``torch.full`` with a number that is not known yet."""
+        made = torch.empty(size, dtype=dtype or _strong_dtype(fill_value.dtype), **options)
+        return made.copy_(fill_value)
+
+    def full_like(self, like: torch.Tensor, fill_value: torch.Tensor, **options: Any) -> torch.Tensor:
+        """``torch.full_like`` with such a number."""
+        return torch.empty_like(like, **options).copy_(fill_value)
+
+    def new_full(self, like: torch.Tensor, size: Any, fill_value: torch.Tensor, **options: Any) -> torch.Tensor:
+        """``Tensor.new_full`` with such a number."""
+        return like.new_empty(size, **options).copy_(fill_value)
+
+    def tensor(self, data: Any, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
+        """``torch.tensor`` of such numbers, and lists of them."""
+        if isinstance(data, list | tuple):
+            return torch.stack([self.tensor(item, dtype, **options) for item in data])
+        if not isinstance(data, torch.Tensor):
+            return torch.tensor(data, dtype=dtype, **options)
+        return data.to(dtype=dtype or (_strong_dtype(data.dtype) if self.is_weak(data) else data.dtype), copy=True)
 
 
-_FLOATING = (torch.float64, torch.complex128)
+_MAKERS: dict[str, Callable[..., torch.Tensor]] = {
+    "full": WeakNumbers.full,
+    "full_like": WeakNumbers.full_like,
+    "new_full": WeakNumbers.new_full,
+    "tensor": WeakNumbers.tensor,
+}
+_CONVERSIONS = frozenset("to float double half bfloat16 long int short bool type type_as cfloat cdouble".split())
 _ARITHMETIC = frozenset("add sub rsub mul div truediv floordiv floor_divide mod remainder pow and or xor maximum minimum".split())
+_CHOICE = frozenset("where clamp clamp_ clip clip_ clamp_min clamp_max fmod masked_fill fill lerp".split())
 
 
-def _is_arithmetic(func: Any) -> bool:
-    """Whether an integer takes part in the arithmetic, and is no index, size or axis."""
-    name = getattr(func, "__name__", "").strip("_")
+def _is_arithmetic(name: str) -> bool:
     return name in _ARITHMETIC or name.removeprefix("r") in _ARITHMETIC or name.removeprefix("i") in _ARITHMETIC
+
+
+def _check_write(name: str, target: Any, weak: Sequence[torch.Tensor]) -> None:
+    """Refuse, as PyTorch does, to write a complex number into a real tensor."""
+    writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+    if writes and isinstance(target, torch.Tensor) and not target.is_complex() and any(value.is_complex() for value in weak):
+        raise InPlaceError("jit: a complex number is written in place into a real tensor.")
+
+
+def _beside(weak: torch.Tensor, others: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+    """A number as an operand beside tensors.
+
+    An integer that may be an index, a size or an axis stays what it is. Beside tensors with dimensions PyTorch's own promotion
+    gives way, and computes in the precision of the number.
+    """
+    arithmetic = _is_arithmetic(name.strip("_"))
+    if weak.dtype not in _INEXACT and not (arithmetic or name.strip("_") in _CHOICE):
+        return weak
+    dtype = _promoted(weak, others)
+    gives_way = arithmetic and any(other.dim() and other.dtype is dtype for other in others)
+    return weak if gives_way else weak.to(dtype)
 
 
 def _promoted(weak: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.dtype:
     """The dtype that a Python number of the kind of ``weak`` takes beside these tensors."""
-    kind = _KINDS[weak.dtype]
-    found = torch.result_type(others[0], kind(1))
-    for other in others[1:]:
+    kind: Any = _KINDS[weak.dtype]
+    values = [other for other in others if other.dtype is not torch.bool] or others  # a mask says nothing
+    found = torch.result_type(values[0], kind(1))
+    for other in values[1:]:
         found = torch.promote_types(found, torch.result_type(other, kind(1)))
     return found

@@ -28,6 +28,7 @@ from torchbatch.core.derivative import (
 from torchbatch.core.describe import describe
 from torchbatch.core.dtypes import check_reverse_inputs, check_reverse_outputs
 from torchbatch.core.fit import check_cotangents, check_tangents
+from torchbatch.core.weak import strong
 from torchbatch.core.wrapper import Wrapper
 from torchbatch.errors import GradientTypeError, GradientValueError
 
@@ -144,7 +145,7 @@ class ValueAndGrad(Wrapper):
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Any, Any]:
         if self._simple and len(args) == 1 and not kwargs:
-            x = args[0]
+            x = strong(args[0])
             if isinstance(x, torch.Tensor) and x.is_floating_point():
                 value, gradients, _ = guarded(
                     derivatives.value_and_gradient, self.transform, self._simple_scalar, (x,)

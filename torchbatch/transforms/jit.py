@@ -17,7 +17,7 @@ from torchbatch.core.executable import Backend, Executable
 from torchbatch.core.program import Program, mapped_sizes, one_at_a_time
 from torchbatch.core.signature import Call, StaticArguments, bind
 from torchbatch.core.wrapper import Wrapper
-from torchbatch.errors import AxisSpecError, DonatedBufferError, StaticArgumentError
+from torchbatch.errors import AxisSpecError, DonatedBufferError, InPlaceError, StaticArgumentError
 from torchbatch.transforms.eval_shape import ShapeDtypeStruct
 from torchbatch.transforms.stages import Lowered
 from torchbatch.transforms.vmap import Vmapped
@@ -46,7 +46,7 @@ def jit(
     Args:
         fun: the function; without it, a decorator is returned.
         static_argnums, static_argnames: positions and names of arguments that are constants of a trace, such as strings,
-            None, modules and sizes. They must be hashable; another value leads to another trace. Each of the two is
+            modules and sizes. They must be hashable; another value leads to another trace. Each of the two is
             completed from the other.
         donate_argnums: positions of arguments whose memory the function may reuse. The tensors cannot be used afterwards.
         backend: ``"inductor"``, the compiler behind ``torch.compile``; ``"eager"``, which replays the recorded operations
@@ -107,7 +107,7 @@ def jit(
 
 
 class Jitted(Wrapper):
-    """The compiled function that :func:`jit` returns."""
+    """The compiled function that :func:`~torchbatch.jit` returns."""
 
     def __init__(self, fun: Callable[..., Any], options: tuple[Any, ...]) -> None:
         if not callable(fun):
@@ -139,8 +139,8 @@ class Jitted(Wrapper):
         return self._bound(bind(self.__wrapped__, self._static, args, kwargs, (leaves, structure)))
 
     def _bound(self, call: Call) -> Any:
-        if self._dynamic:  # strides that are neither plain nor fixed have no formula
-            call = call._replace(values=[value.contiguous() for value in call.values])
+        if self._dynamic and not all(value.is_contiguous() for value in call.values):
+            return self._strided(call)
         ticket = self._cache.ticket(call)
         entry = self._entry(call) if ticket is None else ticket.entry
         if self._donated:
@@ -150,14 +150,27 @@ class Jitted(Wrapper):
         self._first = ticket if ticket.is_bare else None
         return entry.finish(entry.run(call.values))
 
+    def _strided(self, call: Call) -> Any:
+        """A call with open sizes and strides that have no formula: the tensors are copied first."""
+        strided = [i for i, value in enumerate(call.values) if not value.is_contiguous()]
+        plain = call._replace(values=[value.contiguous() for value in call.values])
+        entry = self._entry(plain)
+        for i in entry.trace.mutated:
+            if i in strided:
+                raise InPlaceError(
+                    f"jit: the function writes in place into argument {call.names()[i]}, which is not contiguous. With "
+                    f"dynamic=True pass a contiguous tensor, or return the new value."
+                )
+        return entry.finish(entry.run(plain.values))
+
     def _entry(self, call: Call) -> Executable:
         with one_at_a_time:
             key = call.key()
             entry = self._cache.find(key, call)
             if entry is None:
-                self._cache.explain(call)
+                described = self._cache.explain(call)
                 entry = self._compiled(call)
-                self._cache.store(key, call, entry)
+                self._cache.store(key, described, entry)
             return entry
 
     def _compiled(self, call: Call) -> Executable:
@@ -171,11 +184,14 @@ class Jitted(Wrapper):
         """Trace the function for arguments like these, without compiling it or running it on numbers.
 
         Args:
-            args, kwargs: arguments of the function; a :class:`ShapeDtypeStruct` may stand for a tensor.
+            args, kwargs: arguments of the function; a :class:`~torchbatch.ShapeDtypeStruct` may stand for a tensor.
         """
         args, kwargs = tree.map_leaves(_as_example, (args, kwargs))
         call = bind(self.__wrapped__, self._static, args, kwargs)
         return Lowered(self._program(call), self._backend)
+
+    def __repr__(self) -> str:
+        return f"<jit of {function_name(self.__wrapped__)}>"
 
     def clear_cache(self) -> None:
         """Forget all traces."""
@@ -197,7 +213,7 @@ class _Ticket:
         captured, modes = entry.captured, entry.modes
         like = guards.tensors_like([*call.values, *captured])
         self.check: Callable[..., bool] = (lambda *values: like(*values, *captured)) if captured else like
-        if entry.modes:
+        if modes:
             self.check = lambda *values: like(*values, *captured) and all(module.training is mode for module, mode in modes)
         self.same_state = guards.state_like_now()
         self.entry, self.run, self.single = entry, entry.run, entry.single
@@ -251,14 +267,15 @@ class _Cache:
         same = (entry for entry in self._entries.get(key, ()) if entry.surroundings_same())
         return next(same, None) or next((entry for entry in self._open if entry.accepts(call)), None)
 
-    def explain(self, call: Call) -> None:
-        """Log why a call needs a trace."""
+    def explain(self, call: Call) -> dict[str, str]:
+        """Log why a call needs a trace; what describes the call."""
         described = call.described()
         compile_log.traced(self._name, self._known, described)
-        self._known.append(described)
+        return described
 
-    def store(self, key: Hashable, call: Call, entry: Executable) -> None:
-        """Keep a trace."""
+    def store(self, key: Hashable, described: dict[str, str], entry: Executable) -> None:
+        """Keep a trace, and the description of the call that it was made for."""
+        self._known.append(described)
         (self._open if entry.is_open else self._entries.setdefault(key, [])).append(entry)
 
 

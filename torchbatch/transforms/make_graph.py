@@ -28,14 +28,14 @@ def make_graph(
     """Show the operations that a function performs, below every transform that it uses.
 
     Args:
-        fun: a pure function of its arguments and of the tensors that it closes over, as for :func:`jit`.
+        fun: a pure function of its arguments and of the tensors that it closes over, as for :func:`~torchbatch.jit`.
         static_argnums: positions of arguments that are constants of the trace. They must be hashable.
         return_shape: whether to return the shapes and dtypes of the output too.
 
     Returns:
-        A function of the arguments of ``fun`` that returns a :class:`Graph`, or with ``return_shape`` a pair of it and the tree
-        that ``fun`` returns, with a :class:`ShapeDtypeStruct` for every array. A :class:`ShapeDtypeStruct` may also stand for
-        any argument: nothing is computed.
+        A function of the arguments of ``fun`` that returns a :class:`~torchbatch.transforms.make_graph.Graph`, or with
+        ``return_shape`` a pair of it and the tree that ``fun`` returns, with a :class:`~torchbatch.ShapeDtypeStruct` for every
+        array. A :class:`~torchbatch.ShapeDtypeStruct` may also stand for any argument: nothing is computed.
 
     The text has one line for each operation, and is made for reading. Views stand where they are used, as Python would write
     them; where the shapes say them already (in broadcasting, and in the batch axes of a matrix product) they are left out, and
@@ -98,7 +98,7 @@ class Graph:
 
 
 class _GraphMaker(Wrapper):
-    """What :func:`make_graph` returns."""
+    """What :func:`~torchbatch.make_graph` returns."""
 
     def __init__(self, fun: Callable[..., Any], static_argnums: Any, return_shape: bool) -> None:
         if not callable(fun):

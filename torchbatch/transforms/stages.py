@@ -21,11 +21,13 @@ from torchbatch.core.executable import Backend, Executable, _check_apart, compil
 from torchbatch.core.kind import Kind
 from torchbatch.core.listing import of_trace
 from torchbatch.core.program import Program, one_at_a_time
-from torchbatch.core.signature import Call
+from torchbatch.core.weak import WIDEST, as_weak
 from torchbatch.errors import UnsupportedOperationError
 from torchbatch.transforms.eval_shape import ShapeDtypeStruct
 
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
+
+_is_compiling = torch.compiler.is_compiling
 
 __all__ = ["Compiled", "Loaded", "Lowered", "load"]
 
@@ -131,10 +133,12 @@ class _Served:
         self._same_state: Callable[[], bool] = _never
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        if _is_compiling():
+            return _uncompiled(self, args, kwargs)
         if len(args) == self._bare_count and not kwargs and self._check(*args, *self._captured) and self._same_state():
             outputs = self._run([*args])
         else:
-            outputs = self._run(self._bound(args, kwargs).values)
+            outputs = self._run(self._values(args, kwargs))
         return outputs[0] if self._is_single else self._structure.unflatten(outputs)
 
     def __repr__(self) -> str:
@@ -145,15 +149,25 @@ class _Served:
         """The arguments ``(args, kwargs)`` without the static ones: a tree of :class:`ShapeDtypeStruct`."""
         return _structs(self._kind.structure, self._kind.likes)
 
-    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """The arguments of a call, which is of the right kind."""
+    def _values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """The flat tensors of a call, which is of the right kind."""
         kind = self._kind
+        leaves, structure = tree.flatten((args, kwargs))
+        if structure == kind.structure and {type(leaves[i]) for i in kind.numbers} <= WIDEST.keys():
+            for i in kind.numbers:
+                leaves[i] = as_weak(leaves[i])
+            if self._check(*leaves, *self._captured) and self._same_state():
+                return leaves
         call = kind.bind(args, kwargs)
-        same = call.structure == kind.structure and call.numbers == kind.numbers
-        if not (same and self._check(*call.values, *self._captured) and self._same_state()):
-            kind.check(call, self._captured)
-            self._check, self._same_state = guards.tensors_like([*call.values, *self._captured]), guards.state_like_now()
-        return call
+        kind.check(call, self._captured)
+        self._check, self._same_state = guards.tensors_like([*call.values, *self._captured]), guards.state_like_now()
+        return call.values
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(fun: _Served, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call it where ``torch.compile`` does not look."""
+    return fun(*args, **kwargs)
 
 
 def _never(*values: torch.Tensor) -> bool:
@@ -270,7 +284,8 @@ class Loaded(_Served):
             return outputs
 
         plain = with_captured if captured else run
-        super().__init__(about.kind, (), guards.without_gradients(writing if mutated else plain), about.structure)
+        # No gradients are recorded: a call in which an argument requires one is refused, unless they are off.
+        super().__init__(about.kind, (), writing if mutated else plain, about.structure)
         self._outputs = about.outputs
 
     @property
