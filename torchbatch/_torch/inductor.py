@@ -31,7 +31,6 @@ from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchbatch._torch.graphs import Trace
-from torchbatch._torch.rewrites import simplify
 from torchbatch.errors import AxisSpecError, CompilerError
 
 Run = Callable[[list[torch.Tensor]], Sequence[Any]]
@@ -170,15 +169,6 @@ def _explained(error: BaseException) -> CompilerError:
     return CompilerError(
         f'jit: Inductor failed: {type(error).__name__}: {text}. jit(…, backend="eager") runs the traced operations without it.'
     )
-
-
-def simplified(trace: Trace) -> Trace:
-    """A trace with a graph that costs less and gives the same."""
-    module = GraphModule(trace.graph, copy.deepcopy(trace.graph.graph))
-    with torch.no_grad(), trace.mode:
-        simplify(module.graph, fixed_sizes=trace.sizes is None)
-    module.recompile()
-    return trace._replace(graph=module)
 
 
 def partition(trace: Trace, decompose: bool) -> tuple[GraphModule, GraphModule]:

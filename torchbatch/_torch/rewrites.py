@@ -9,13 +9,15 @@ Operators used: those of ``torch.ops.aten``, as torch 2.11, 2.13 and 2.15 have t
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
-from torchbatch._torch.graphs import has_effect
+from torchbatch._torch.graphs import Trace, has_effect
 
 _aten = torch.ops.aten
 _MATMULS = (_aten.mm.default, _aten.bmm.default)
@@ -26,6 +28,15 @@ _VIEWS = _SAME_SHAPE_VIEWS | _TRANSPOSITIONS | {_aten.unsqueeze.default, _aten.s
 _LINEAR = _VIEWS | {_aten.neg.default, _aten.mul.Scalar, _aten.div.Tensor, _aten.sum.dim_IntList, _aten.sum.default}
 _LINEAR |= {_aten.tanh_backward.default, _aten.sigmoid_backward.default, _aten.threshold_backward.default}
 _PRODUCTS = frozenset((_aten.mul.Tensor, _aten.mm.default, _aten.bmm.default, _aten.mv.default))
+
+
+def simplified(trace: Trace) -> Trace:
+    """A trace with a graph that costs less and gives the same."""
+    module = GraphModule(trace.graph, copy.deepcopy(trace.graph.graph))
+    with torch.no_grad(), trace.mode:
+        simplify(module.graph, fixed_sizes=trace.sizes is None)
+    module.recompile()
+    return trace._replace(graph=module)
 
 
 def simplify(graph: Graph, fixed_sizes: bool) -> None:
@@ -55,9 +66,16 @@ def _results(graph: Graph) -> list[Node]:
 
 def _is_input(node: Node) -> bool:
     """Whether a node is an input of the graph, or a view of one."""
-    while node.target in _VIEWS:
+    while node.op == "call_function" and _may_alias(node.target):
         node = _operands(node)[0]
     return node.op == "placeholder"
+
+
+def _may_alias(target: Any) -> bool:
+    """Whether an operation returns memory of its first argument."""
+    if target in _VIEWS or not isinstance(target, torch._ops.OpOverload):
+        return target in _VIEWS or target is operator.getitem
+    return any(result.alias_info is not None for result in target._schema.returns)
 
 
 def _copy_inputs(graph: Graph, own: Sequence[bool]) -> None:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from torchbatch._torch import graphs, guards, levels
 from torchbatch._torch.graphs import Trace
+from torchbatch._torch.rewrites import simplified
 from torchbatch.core import compile_log
 from torchbatch.core.describe import function_name
 from torchbatch.core.program import Program, one_at_a_time
@@ -63,7 +64,7 @@ class Executable:
 
     def __init__(self, program: Program, backend: Backend) -> None:
         compiled = backend.name == "inductor"
-        self.trace = trace = compiler().simplified(program.trace) if compiled else program.trace
+        self.trace = trace = simplified(program.trace) if compiled else program.trace
         self.backend, self.name = backend, function_name(program.call.fun)
         self.single = program.single
         self.finish: Callable[[Any], Any] = program.structure.unflatten
