@@ -30,7 +30,7 @@ from torch.fx import GraphModule
 from torchbatch._torch import graphs
 from torchbatch._torch.graphs import Trace
 from torchbatch._torch.likes import Like, stand_ins
-from torchbatch._torch.rewrites import simplified
+from torchbatch._torch.rewrites import simplify
 from torchbatch.errors import CompilerError, UnsupportedOperationError
 
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
@@ -64,8 +64,12 @@ def exported(trace: Trace, likes: Sequence[Like], simpler: bool) -> ExportedProg
         likes: its inputs and captured tensors; where the trace left a size open, some size that it may have.
         simpler: whether operations may be replaced by cheaper ones.
     """
-    module = graphs.written_in_place(simplified(trace) if simpler else trace)
+    module = graphs.written_in_place(trace)
     own = GraphModule(module, copy.deepcopy(module.graph))
+    if simpler:
+        with trace.mode:
+            simplify(own.graph)
+        own.recompile()
     if trace.sizes is None:
         return torch.export.export(own, tuple(stand_ins(likes)), strict=False)
     real = tuple(torch.empty_strided(like.size, like.stride, dtype=like.dtype, device=like.device) for like in likes)

@@ -133,6 +133,7 @@ class Jitted(Wrapper):
         leaves, structure = tree.flatten((args, kwargs))
         for ticket in self._cache.tickets:
             if ticket.is_plain and ticket.structure == structure and ticket.check(*leaves) and ticket.same_state():
+                self._first = ticket if ticket.is_bare else self._first
                 return ticket.finish(ticket.run(leaves))
         if guards.inside_other():
             return self.__wrapped__(*args, **kwargs)
@@ -207,7 +208,7 @@ class Jitted(Wrapper):
 class _Ticket:
     """A kind of call that can be recognised quickly."""
 
-    __slots__ = ("check", "count", "entry", "finish", "is_plain", "kind", "run", "same_state", "single", "structure")
+    __slots__ = ("check", "count", "entry", "finish", "is_bare", "is_plain", "kind", "run", "same_state", "single", "structure")
 
     def __init__(self, call: Call, entry: Executable) -> None:
         captured, modes = entry.captured, entry.modes
@@ -220,11 +221,7 @@ class _Ticket:
         self.finish: Callable[[Any], Any] = entry.finish
         self.kind, self.structure, self.count = call.kind, call.structure, len(call.values)
         self.is_plain = not call.numbers and not call.statics
-
-    @property
-    def is_bare(self) -> bool:
-        """Whether all arguments are tensors by themselves."""
-        return self.is_plain and self.structure == _bare(self.count)
+        self.is_bare = self.is_plain and self.structure == _bare(self.count)  # all arguments are tensors by themselves
 
 
 @functools.cache
