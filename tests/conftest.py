@@ -1,19 +1,26 @@
-"""What the tests share: hypothesis profiles, JAX on the CPU, and one call made in torchbatch, in the loop and in JAX."""
+"""What the tests share: hypothesis profiles, JAX on the CPU, and one call made in torchbatch, in the loop and in JAX.
+
+What holds for a call must hold for a traced one. ``how`` says how torchbatch runs it: ``"eager"``, operator by operator;
+``"jit"``, traced, and replayed without a compiler; ``"inductor"``, traced and compiled. Property tests run in all three ways,
+traced ones on a part of the examples. ``TORCHBATCH_JIT=full`` runs all of them traced, many compiled, and every other
+comparison with JAX traced too.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, Phase, settings
 
 import torchbatch
+from torchbatch.errors import StaticArgumentError
 from torchbatch.testing import loop
 from torchbatch.transforms import grad as grad_
 
@@ -21,6 +28,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.register_profile("long", deadline=None, derandomize=False, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+FULL_JIT = os.environ.get("TORCHBATCH_JIT") == "full"
 
 
 class Library(NamedTuple):
@@ -89,11 +98,57 @@ def _jax() -> Library:
     return Library("JAX", jax.vmap, jax.grad, jax.jvp, jax.numpy, jax.numpy.asarray, jax.jit, all_dtypes)
 
 
+class Way(NamedTuple):
+    """How torchbatch runs a function: as it stands, or traced by jit, and what runs the trace."""
+
+    backend: str | None = None
+
+    def run(self, fun: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, to be run in this way."""
+        return fun if self.backend is None else torchbatch.jit(fun, backend=self.backend)
+
+    @property
+    def library(self) -> Library:
+        """torchbatch, whose transforms run in this way; inside another one the jit of a function is the function."""
+        if self.backend is None:
+            return TORCHBATCH
+
+        def traced(transform: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda fun, *args, **kwargs: self.run(transform(fun, *args, **kwargs))
+
+        def jvp(fun: Callable[..., Any], primals: Any, tangents: Any) -> Any:
+            return self.run(lambda primals, tangents: grad_.jvp(fun, primals, tangents))(primals, tangents)
+
+        return TORCHBATCH._replace(vmap=traced(torchbatch.vmap), grad=traced(grad_.grad), jvp=jvp)
+
+    def outcome(self, thunk: Callable[[Library], Any]) -> Any:
+        """What a thunk gives; where jit refuses an argument that is no array, with the arguments closed over."""
+        found = _outcome(self.library, thunk)
+        return _outcome(TORCHBATCH, lambda lib: self.run(lambda: thunk(lib))()) if type(found) is StaticArgumentError else found
+
+    def examples(self, count: int) -> settings:
+        """How many examples a property is tested on in this way, out of ``count``, or of what the long profile says.
+
+        What fails when it is compiled is not made smaller, which would compile it a hundred times.
+        """
+        count = settings.default.max_examples if LONG else count
+        share = {None: 1, "eager": 1 if FULL_JIT else 5, "inductor": 4 if FULL_JIT else 20}[self.backend]
+        phases = [phase for phase in Phase if self.backend != "inductor" or phase is Phase.generate]
+        return settings(max_examples=max(count // share, 3), phases=phases, suppress_health_check=[HealthCheck.too_slow])
+
+    def some(self, items: Sequence[Any], step: int = 4) -> Sequence[Any]:
+        """The items on which to run a test in this way: if traced, every fourth."""
+        return items if self.backend is None or FULL_JIT else items[::step]
+
+
+WAYS = {"eager": Way(), "jit": Way("eager"), "inductor": Way("inductor")}
+
+
 class Agreement:
     """Make one call in torchbatch, in the loop and in JAX, and hold the three outcomes together."""
 
-    def __init__(self, jax: Library) -> None:
-        self.jax = jax
+    def __init__(self, jax: Library, how: Way) -> None:
+        self.jax, self.how = jax, how
 
     def __call__(self, fun: Any, *args: Any, kwargs: Any = None, error: Any = None, **options: Any) -> Any:
         """``vmap(fun, **options)(*args, **kwargs)``; see :meth:`call`."""
@@ -114,14 +169,14 @@ class Agreement:
 
         With ``jit`` JAX compiles the call as one, which takes a tenth of the time of many operators one by one.
         """
-        ours, loops = _outcome(TORCHBATCH, thunk), _outcome(LOOP, thunk)
+        ours, loops = self.how.outcome(thunk), _outcome(LOOP, thunk)
         theirs = _outcome(self.jax, (lambda lib: lib.jit(lambda: thunk(lib))()) if jit else thunk)
         if error is None:
             for outcome in (ours, loops, theirs):
                 if isinstance(outcome, Exception):
                     raise outcome
-            assert_same(ours, loops, exact=True, tolerance=tolerance)
-            assert_same(ours, theirs, tolerance=tolerance)
+            assert_same(ours, loops, exact=True, tolerance=tolerance, traced=self.how.backend is not None)
+            assert_same(ours, theirs, tolerance=tolerance, traced=self.how.backend is not None)
             return ours
         assert type(ours) is error, ours
         assert type(loops) is error, loops
@@ -130,7 +185,7 @@ class Agreement:
 
     def either(self, thunk: Callable[[Library], Any], tolerance: float = 1e-5) -> Any:
         """The same result or the same kind of error in all three, whichever it is."""
-        ours = _outcome(TORCHBATCH, thunk)
+        ours = _outcome(LOOP, thunk)
         return self.call(thunk, type(ours) if isinstance(ours, torchbatch.errors.TorchbatchError) else None, tolerance)
 
 
@@ -148,18 +203,25 @@ def _outcome(lib: Library, thunk: Callable[[Library], Any]) -> Any:
         return error
 
 
-def assert_same(ours: Any, theirs: Any, *, exact: bool = False, tolerance: float = 1e-5, where: str = "output") -> None:
-    """Same containers, shapes and kinds of numbers, and close values; with ``exact`` the same dtypes too."""
+def assert_same(
+    ours: Any, theirs: Any, *, exact: bool = False, tolerance: float = 1e-5, traced: bool = False, where: str = "output"
+) -> None:
+    """Same containers, shapes and kinds of numbers, and close values; with ``exact`` the same dtypes too.
+
+    With ``traced`` ours are what jit returns, which makes arrays of numbers.
+    """
     mine, others = _children(ours), _children(theirs)
     if mine is not None or others is not None:
         assert mine is not None and others is not None and type(ours) is type(theirs), (where, ours, theirs)
         assert mine.keys() == others.keys(), (where, ours, theirs)
         for key, child in mine.items():
-            assert_same(child, others[key], exact=exact, tolerance=tolerance, where=f"{where}[{key!r}]")
+            assert_same(child, others[key], exact=exact, tolerance=tolerance, traced=traced, where=f"{where}[{key!r}]")
         return
     if not isinstance(ours, torch.Tensor):
         assert type(ours) is type(theirs) and ours == theirs, (where, ours, theirs)
         return
+    if traced and isinstance(theirs, bool | int | float | complex | np.generic | np.ndarray):
+        theirs = torch.tensor(theirs)
     assert tuple(ours.shape) == tuple(theirs.shape), (where, ours.shape, theirs.shape)
     if exact:
         assert ours.dtype == theirs.dtype, (where, ours.dtype, theirs.dtype)
@@ -168,15 +230,24 @@ def assert_same(ours: Any, theirs: Any, *, exact: bool = False, tolerance: float
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=where)
 
 
+_WIDER = {torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
+
+
 def _numbers(value: Any) -> np.ndarray:
     if isinstance(value, torch.Tensor):
         value = value.detach().resolve_conj().resolve_neg()
-        value = value.float() if value.dtype == torch.bfloat16 else value
+        value = value.to(_WIDER.get(value.dtype, value.dtype))  # NumPy has no such dtype
     array = np.asarray(value)
     return array.astype(np.float32) if array.dtype.name in ("bfloat16", "float16") else array
 
 
+@pytest.fixture(params=["eager", "jit"] if FULL_JIT else None)
+def how(request: pytest.FixtureRequest) -> Way:
+    """How torchbatch runs a call; tests that run traced in any case are parametrized with it."""
+    return WAYS[getattr(request, "param", "eager")]
+
+
 @pytest.fixture
-def agree() -> Agreement:
+def agree(how: Way) -> Agreement:
     """The three-way comparison."""
-    return Agreement(_jax())
+    return Agreement(_jax(), how)

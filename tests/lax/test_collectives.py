@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -20,6 +20,7 @@ import torchbatch
 from torchbatch import errors, lax, vmap
 
 jax = pytest.importorskip("jax")
+EVERY_WAY = pytest.mark.parametrize("how", ["eager", "jit", "inductor"], indirect=True)
 RNG = np.random.default_rng(0)
 TRANSFORMS = ("vmap", "grad", "jvp", "jacrev", "jacfwd", "hessian")
 OURS = SimpleNamespace(lax=lax, np=torch, array=torch.tensor, **{name: getattr(torchbatch, name) for name in TRANSFORMS})
@@ -419,23 +420,27 @@ def nestings(draw):
     return labels, sizes, mapped, around, names
 
 
-@settings(max_examples=80, deadline=None)
-@given(nestings(), st.sampled_from(["psum", "pmax", "all_gather", "pshuffle", "axis_index", "psum_scatter"]))
-def test_rule_11_any_nesting_equals_numpy(nesting, function):
-    labels, sizes, mapped, around, names = nesting
-    places = [labels.index(name) for name in names]
-    n = math.prod(sizes[place] for place in places)
-    x = data(*[size if m else 1 for size, m in zip(sizes, mapped, strict=True)], n, 2)
+@EVERY_WAY
+def test_rule_11_any_nesting_equals_numpy(how):
+    @how.examples(80)
+    @given(nestings(), st.sampled_from(["psum", "pmax", "all_gather", "pshuffle", "axis_index", "psum_scatter"]))
+    def holds(nesting, function):
+        labels, sizes, mapped, around, names = nesting
+        places = [labels.index(name) for name in names]
+        n = math.prod(sizes[place] for place in places)
+        x = data(*[size if m else 1 for size, m in zip(sizes, mapped, strict=True)], n, 2)
 
-    def fun(v):
-        if function == "axis_index":
-            return v + lax.axis_index(tuple(names))
-        return FUNCTIONS[function](lax, v, tuple(names), n)
+        def fun(v):
+            if function == "axis_index":
+                return v + lax.axis_index(tuple(names))
+            return FUNCTIONS[function](lax, v, tuple(names), n)
 
-    for i in reversed(range(len(labels))):
-        fun = AROUND[around[i]](vmap(fun, in_axes=0 if mapped[i] else None, axis_name=labels[i], axis_size=sizes[i]))
-    value = torch.tensor(x.reshape(*[s for s, m in zip(sizes, mapped, strict=True) if m], n, 2))
-    same(fun(value), by_numpy(function, np.broadcast_to(x, (*sizes, n, 2)), places, n))
+        for i in reversed(range(len(labels))):
+            fun = AROUND[around[i]](vmap(fun, in_axes=0 if mapped[i] else None, axis_name=labels[i], axis_size=sizes[i]))
+        value = torch.tensor(x.reshape(*[s for s, m in zip(sizes, mapped, strict=True) if m], n, 2))
+        same(how.run(fun)(value), by_numpy(function, np.broadcast_to(x, (*sizes, n, 2)), places, n))
+
+    holds()
 
 
 def by_numpy(function, x, places, n):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchbatch import vmap
+from torchbatch import make_graph, vmap
 
 
 @pytest.fixture
@@ -105,3 +105,24 @@ def test_the_steps_match_those_written_by_hand(arrays, models):
     assert arithmetic(vmap(models[0]), batch) == steps
     assert arithmetic(batched_by_hand(arrays), batch) == steps
     assert arithmetic(lambda xs: [models[0](x) for x in xs], batch) == 3 * steps
+
+
+def test_the_printed_graphs_match(arrays, models):
+    """The point of the thread: printed, both forms show the same essential steps in the same order, as JAX's jaxprs do."""
+    batch = torch.from_numpy(arrays[3])
+    mapped, by_hand = make_graph(vmap(models[0]))(batch), make_graph(batched_by_hand(arrays))(batch)
+    assert mapped.operations == by_hand.operations == ["mm", "add", "tanh", "sum"]
+    assert str(mapped).splitlines() == [
+        "inputs a:f32[3,5]; captured b:f32[4,5] c:f32[4]",
+        "d:f32[4,3] = mm b a.T",
+        "e:f32[3,4] = add d.T c",
+        "f:f32[3,4] = tanh e",
+        "g:f32[3] = sum[dim=1] f",
+        "return g",
+    ]
+    assert str(by_hand).splitlines()[1:3] == ["d:f32[3,4] = mm a b.T", "e:f32[3,4] = add d c"]
+    assert str(by_hand).splitlines()[3:] == str(mapped).splitlines()[3:]
+
+    theirs = jax.make_jaxpr(jax.vmap(models[1]))(jnp.asarray(arrays[3]))
+    names = {"dot_general": "mm", "add": "add", "tanh": "tanh", "reduce_sum": "sum"}
+    assert [names[equation.primitive.name] for equation in theirs.eqns if equation.primitive.name in names] == mapped.operations

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torchbatch.core import tree
@@ -26,6 +26,7 @@ jnp = jax.numpy
 jax.config.update("jax_platforms", "cpu")
 
 Point = namedtuple("Point", "x y")
+EVERY_WAY = pytest.mark.parametrize("how", ["eager", "jit", "inductor"], indirect=True)
 VMAPS = pytest.mark.parametrize("mapped", [torch.func.vmap, vmap], ids=["torch.func.vmap", "torchbatch.vmap"])
 X = torch.tensor([0.5, -1.0, 2.0])
 
@@ -114,19 +115,23 @@ trees = st.recursive(
 )
 
 
-@settings(max_examples=25, derandomize=True, deadline=None)
-@given(st.lists(trees, min_size=1, max_size=3), st.data())
-def test_any_tree_and_any_argnums(args, data):
+@EVERY_WAY
+def test_any_tree_and_any_argnums(how):
     def make(xp, leaves_of):
         return lambda *args: sum((xp.sum(xp.sin(leaf) * leaf) for leaf in leaves_of(args)), start=xp.zeros(()))
 
-    count = len(args)
-    argnums = data.draw(
-        st.integers(-count, count - 1) | st.lists(st.integers(0, count - 1), min_size=1, unique=True).map(tuple)
-    )
-    theirs = jax.value_and_grad(make(jnp, jax.tree.leaves), argnums)(*to_jax(tuple(args)))
-    ours = value_and_grad(make(torch, lambda args: tree.flatten(args)[0]), argnums)(*args)
-    assert_same(ours, theirs)
+    @how.examples(25)
+    @given(st.lists(trees, min_size=1, max_size=3), st.data())
+    def holds(args, data):
+        count = len(args)
+        argnums = data.draw(
+            st.integers(-count, count - 1) | st.lists(st.integers(0, count - 1), min_size=1, unique=True).map(tuple)
+        )
+        theirs = jax.value_and_grad(make(jnp, jax.tree.leaves), argnums)(*to_jax(tuple(args)))
+        ours = how.run(value_and_grad(make(torch, lambda args: tree.flatten(args)[0]), argnums))(*args)
+        assert_same(ours, theirs)
+
+    holds()
 
 
 @pytest.mark.parametrize("number", [3.0, np.float32(3.0), np.array(3.0, np.float32), 2.5])

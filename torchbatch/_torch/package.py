@@ -30,7 +30,6 @@ from torch.fx import GraphModule
 from torchbatch._torch import graphs
 from torchbatch._torch.graphs import Trace
 from torchbatch._torch.likes import Like, stand_ins
-from torchbatch._torch.rewrites import simplify
 from torchbatch.errors import CompilerError, UnsupportedOperationError
 
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
@@ -56,20 +55,15 @@ class Package(NamedTuple):
 # --- making ----------------------------------------------------------------------------------------------------------
 
 
-def exported(trace: Trace, likes: Sequence[Like], simpler: bool) -> ExportedProgram:
+def exported(trace: Trace, likes: Sequence[Like]) -> ExportedProgram:
     """The graph of a trace without gradients, in the form that PyTorch can save.
 
     Args:
         trace: the trace.
         likes: its inputs and captured tensors; where the trace left a size open, some size that it may have.
-        simpler: whether operations may be replaced by cheaper ones.
     """
     module = graphs.written_in_place(trace)
-    own = GraphModule(module, copy.deepcopy(module.graph))
-    if simpler:
-        with trace.mode:
-            simplify(own.graph)
-        own.recompile()
+    own = GraphModule(module, copy.deepcopy(module.graph))  # the compiler changes what it is given
     if trace.sizes is None:
         return torch.export.export(own, tuple(stand_ins(likes)), strict=False)
     real = tuple(torch.empty_strided(like.size, like.stride, dtype=like.dtype, device=like.device) for like in likes)

@@ -121,7 +121,7 @@ class Kind(NamedTuple):
         wrong = {i for i, value in enumerate(call.values) if not _is_like(self.likes[i], value, is_open)}
         wrong |= set(self.numbers) ^ set(call.numbers)
         if wrong or (self.sizes is not None and not self.sizes.accept(call.values)):
-            return _words(self.example, call, wrong)
+            return _words(self.example, call, wrong) or "the order of an argument in memory"
         if len(captured) != len(self.captured) or not all(map(_is_like, self.captured, captured)):
             return "a tensor that it closes over has another shape, dtype or device than before"
         return ""
@@ -171,7 +171,7 @@ def _is_like(like: Like, value: torch.Tensor, any_size: bool = False) -> bool:
     if any_size:
         return True
     strides = zip(like.size, like.stride, value.stride(), strict=True)
-    return like.size == value.shape and all(mine == other for size, mine, other in strides if size != 1)
+    return like.size == value.shape and (0 in like.size or all(mine == other for size, mine, other in strides if size != 1))
 
 
 def _words(example: Call, call: Call, wrong: set[int] | None = None) -> str:

@@ -22,11 +22,12 @@ from torchbatch.core.kind import Kind
 from torchbatch.core.listing import of_trace
 from torchbatch.core.program import Program, one_at_a_time
 from torchbatch.core.weak import WIDEST, as_weak
-from torchbatch.errors import UnsupportedOperationError
+from torchbatch.errors import InputTypeError, UnsupportedOperationError
 from torchbatch.transforms.eval_shape import ShapeDtypeStruct
 
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
+Modes = Sequence[tuple[torch.nn.Module, bool]]
 _is_compiling = torch.compiler.is_compiling
 
 __all__ = ["Compiled", "Loaded", "Lowered", "load"]
@@ -129,6 +130,7 @@ class _Served:
         bare = not kind.numbers and kind.structure == tree.flatten(((0,) * len(kind.likes), {}))[1]
         self._bare_count = len(kind.likes) if bare else -1
         self._is_single = structure == tree.flatten(0)[1]
+        self._modes: Modes = ()
         self._check: Callable[..., bool] = _never
         self._same_state: Callable[[], bool] = _never
 
@@ -160,14 +162,31 @@ class _Served:
                 return leaves
         call = kind.bind(args, kwargs)
         kind.check(call, self._captured)
-        self._check, self._same_state = guards.tensors_like([*call.values, *self._captured]), guards.state_like_now()
+        _check_modes(kind.name, self._modes)
+        self._check, self._same_state = guards.tensors_like([*call.values, *self._captured]), self._state_like_now()
         return call.values
+
+    def _state_like_now(self) -> Callable[[], bool]:
+        """A function that tells whether all that is neither an argument nor a captured tensor is as it is now."""
+        same, modes = guards.state_like_now(), self._modes
+        return (lambda: same() and all(module.training is mode for module, mode in modes)) if modes else same
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _uncompiled(fun: _Served, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call it where ``torch.compile`` does not look."""
     return fun(*args, **kwargs)
+
+
+def _check_modes(name: str, modes: Modes) -> None:
+    """Refuse to run what was traced in training for evaluation, or the other way round."""
+    for module, training in modes:
+        if module.training is not training:
+            before, now = ("training", "evaluation")[:: 1 if training else -1]
+            raise InputTypeError(
+                f"{name} was compiled for another kind of call: its module {type(module).__name__} was in {before} mode when it "
+                f"was compiled, and is in {now} mode now. Compile it again, or call module.train({training})."
+            )
 
 
 def _never(*values: torch.Tensor) -> bool:
@@ -199,7 +218,7 @@ class Compiled(_Served):
 
     def __init__(self, kind: Kind, program: Program, executable: Executable) -> None:
         super().__init__(kind, executable.captured, executable.run, program.structure)
-        self._executable = executable
+        self._executable, self._modes = executable, executable.modes
         self._likes = [*kind.likes, *kind.captured]
 
     @property
@@ -255,7 +274,7 @@ class Compiled(_Served):
         call = _pickled(_About(self._kind._replace(captured=[]), self._structure, self._seen.outputs, trace.mutated))
         is_compiled = backend.name == "inductor"
         with one_at_a_time, compile_log.compiling(f"{self.__name__} for a file"):
-            exported = package.exported(trace, self._likes, simpler=is_compiled)
+            exported = package.exported(trace, self._likes)
             settings = backend._settings or compiler().settings(None, None)
             graph = package.compiled(exported, settings) if is_compiled else package.replayed(exported)
         devices = sorted({like.device.type for like in [*self._likes, *self._seen.outputs]})
