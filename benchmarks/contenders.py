@@ -197,7 +197,8 @@ def draw(found: list[Timed], file: Path) -> None:
 def _bar(axes: Axes, position: float, height: float, found: Timed, name: str) -> None:
     multiple = found.seconds(name) / found.seconds("jit")
     axes.barh(position, multiple - 1 if multiple != 1 else 0.01, height, left=1, color=COLOURS[name])
-    axes.annotate(f" {name} {multiple:.2g} ", (multiple, position), va="center", ha="left" if multiple >= 1 else "right", fontsize=7)
+    side = "left" if multiple >= 1 else "right"
+    axes.annotate(f" {name} {multiple:.2g} ", (multiple, position), va="center", ha=side, fontsize=7)
 
 
 def options(description: str | None) -> argparse.Namespace:

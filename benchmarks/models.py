@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import torch
@@ -20,7 +22,7 @@ def made(shapes: dict[str, tuple[int, ...]], device: str = "cpu") -> Params:
 def layers(*sizes: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a network of dense layers."""
     found: dict[str, tuple[int, ...]] = {}
-    for i, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False), 1):
+    for i, (before, after) in enumerate(itertools.pairwise(sizes), 1):
         found |= {f"w{i}": (after, before), f"b{i}": (after,)}
     return found
 

@@ -248,6 +248,12 @@ def how(request: pytest.FixtureRequest) -> Way:
 
 
 @pytest.fixture
+def ways() -> dict[str, Way]:
+    """All ways in which torchbatch runs a call, by name."""
+    return WAYS
+
+
+@pytest.fixture
 def agree(how: Way) -> Agreement:
     """The three-way comparison."""
     return Agreement(_jax(), how)

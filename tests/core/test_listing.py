@@ -116,6 +116,10 @@ NONE = {
     "one of all parts": (lambda x: x.unbind(1)[1], "a[:,1]"),
     "another view": (lambda x: x.diagonal(1), "a.diagonal(1)"),
     "a view of windows": (lambda x: x.unfold(1, 2, 1)[0], "a.unfold(1,2,1)[0]"),
+    "what is written over": (lambda x: torch.zeros(3, 5).copy_(x), "a"),
+    "what is filled": (lambda x: x.clone().fill_(x[0, 1]), "a[0,1].expand(3,5)"),
+    "what is filled with a number": (lambda x: x.clone().fill_(2), "2.0:f32[3,5]"),
+    "what is filled with a constant": (lambda x: x.clone().fill_(torch.tensor(3)), "3.0:f32[3,5]"),
     "ones": (lambda x: torch.ones(3), "1.0:f32[3]"),
     "zeros of its kind": (lambda x: torch.zeros_like(x), "0.0:f32[3,5]"),
     "full": (lambda x: torch.full((2,), 7), "7:i64[2]"),
@@ -133,6 +137,11 @@ NONE = {
 def test_no_line(name):
     fun, text = NONE[name]
     assert lines(fun, X) == ["inputs a:f32[3,5]", f"return {text}".rstrip()]
+
+
+def test_a_size_of_1_that_went_and_came_again():
+    assert lines(lambda x: x.sum(0, keepdim=True).squeeze(0)[None], X)[-1] == "return b"
+    assert lines(lambda x: x.sum(1, keepdim=True).T[0][:, None], X)[-1] == "return b"
 
 
 def test_a_view_that_computes_is_an_operation():

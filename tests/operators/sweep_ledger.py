@@ -83,6 +83,29 @@ FULL_ONLY = [
     Gap("logspace.tensor_overload", "function", "result", "PyTorch rounds integers in another way for batched ends"),
 ]
 
+#: What jit adds: it has no values while it traces.
+TRACED = [
+    *(
+        Gap(name, "function", "DataDependentError", "PyTorch asks whether there are enough observations")
+        for name in ("corrcoef", "cov")
+    ),
+    *(
+        Gap(name, "function", "DataDependentError", "the residuals are empty where the rank is not full")
+        for name in ("linalg.lstsq", "linalg.lstsq.grad_oriented")
+    ),
+    Gap("bincount", "function", "DataDependentError", "the number of bins depends on values"),
+    Gap("combinations", "function", "DataDependentError", "PyTorch selects them by a mask"),
+    Gap("index_put", "function", "DataDependentError", "an index of booleans selects as many places as are true"),
+    Gap("istft", "function", "DataDependentError", "PyTorch checks that the window does not vanish"),
+    Gap("narrow", "function", "DataDependentError", "the place to cut at is a tensor"),
+    Gap("nn.functional.ctc_loss", "function", "DataDependentError", "PyTorch reads the lengths"),
+    Gap("sparse.mm.reduce", "function", "UnsupportedOperationError", "jit takes no sparse tensors"),
+    *(
+        Gap(name, "function", "RuntimeError", "PyTorch's tracer gives a number to an operator that takes tensors")
+        for name in ("linspace.tensor_overload", "logspace.tensor_overload")
+    ),
+]
+
 GAPS = [*NO_FIXED_SHAPE, *SHARED_WRITE, *LAYOUT, *PYTHON, *RANDOM]  # always checked
 
 #: Operators that run once per sample in some of their cases.

@@ -1,7 +1,11 @@
-"""What the tests of the seed texts share: the same numbers in both libraries, and the comparison between them."""
+"""What the tests of the seed texts share: the same numbers in both libraries, and the comparison between them.
+
+Each snippet runs as it stands and traced by jit: where a test takes ``vmap``, that is torchbatch's, or jit of what it returns.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +21,18 @@ Same = Callable[[torch.Tensor, Any], None]
 @pytest.fixture(autouse=True)
 def jax_on_cpu() -> None:
     jax.config.update("jax_platforms", "cpu")
+
+
+@pytest.fixture(params=["eager", "jit", *(["inductor"] if os.environ.get("TORCHBATCH_JIT") == "full" else [])])
+def how(request: pytest.FixtureRequest, ways: dict[str, Any]) -> Any:
+    """How torchbatch runs a snippet; those that are compiled in any case are parametrized with it."""
+    return ways[request.param]
+
+
+@pytest.fixture
+def vmap(how: Any) -> Callable[..., Any]:
+    """torchbatch's vmap, whose functions run in one of the ways."""
+    return how.library.vmap
 
 
 @pytest.fixture

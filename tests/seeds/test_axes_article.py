@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchbatch import vmap
-
+COMPILED = pytest.mark.parametrize("how", ["eager", "jit", "inductor"], indirect=True)
 SMALL = (2, 2)
 LARGE = (2, 3, 5, 7, 9)
 
@@ -60,10 +59,10 @@ def test_the_tables_are_complete():
 
 
 @pytest.mark.parametrize(("shape", "in_axes"), FITTING)
-def test_every_out_axes(shape, in_axes, same):
+def test_every_out_axes(shape, in_axes, same, vmap, how):
     ours, theirs = both(shape)
     ndim = out_ndim(shape, in_axes)
-    for out_axes in range(-ndim, ndim):
+    for out_axes in how.some(range(-ndim, ndim)):
         out = vmap(torch.add, in_axes=in_axes, out_axes=out_axes)(*ours)
         same(out, jax.vmap(jnp.add, in_axes=in_axes, out_axes=out_axes)(*theirs))
 
@@ -72,7 +71,7 @@ SOME = [(SMALL, (0, 0)), (SMALL, (None, 1)), (LARGE, (1, 1)), (LARGE, (0, None))
 
 
 @pytest.mark.parametrize(("shape", "in_axes"), SOME)
-def test_out_axes_out_of_bounds(shape, in_axes):
+def test_out_axes_out_of_bounds(shape, in_axes, vmap):
     """The article writes the interval as (-z, z]; it is [-z, z)."""
     ours, theirs = both(shape)
     ndim = out_ndim(shape, in_axes)
@@ -84,7 +83,7 @@ def test_out_axes_out_of_bounds(shape, in_axes):
 
 
 @pytest.mark.parametrize("in_axes", NOT_FITTING)
-def test_axes_that_do_not_fit(in_axes):
+def test_axes_that_do_not_fit(in_axes, vmap):
     """Two sizes that differ are vmap's own error; slices that cannot be added are that of the addition."""
     ours, theirs = both(LARGE)
     by_vmap = None not in in_axes
@@ -98,7 +97,7 @@ def test_axes_that_do_not_fit(in_axes):
 
 
 @pytest.mark.parametrize("in_axes", [(2, 0), (0, 2), (-3, 0), (0, -3), (2, None)])
-def test_in_axes_out_of_bounds(in_axes):
+def test_in_axes_out_of_bounds(in_axes, vmap):
     ours, theirs = both(SMALL)
     with pytest.raises(ValueError):
         vmap(torch.add, in_axes=in_axes)(*ours)
@@ -106,7 +105,7 @@ def test_in_axes_out_of_bounds(in_axes):
         jax.vmap(jnp.add, in_axes=in_axes)(*theirs)
 
 
-def test_at_least_one_must_be_mapped():
+def test_at_least_one_must_be_mapped(vmap):
     ours, theirs = both(SMALL)
     with pytest.raises(ValueError):
         vmap(torch.add, in_axes=(None, None))(*ours)
@@ -114,13 +113,14 @@ def test_at_least_one_must_be_mapped():
         jax.vmap(jnp.add, in_axes=(None, None))(*theirs)
 
 
-def test_whole_numbers_keep_the_shape_of_a_plain_addition():
+def test_whole_numbers_keep_the_shape_of_a_plain_addition(vmap):
     (a, b), _ = both(SMALL)
     for in_axes in itertools.product(range(-2, 2), repeat=2):
         assert vmap(torch.add, in_axes=in_axes)(a, b).shape == torch.add(a, b).shape
 
 
-def test_none_adds_each_row_or_column_to_a_whole_copy():
+@COMPILED
+def test_none_adds_each_row_or_column_to_a_whole_copy(vmap):
     (a, b), _ = both(SMALL)
     rows = vmap(torch.add, in_axes=(None, 0))(a, b)
     columns = vmap(torch.add, in_axes=(None, 1))(a, b)
@@ -128,7 +128,7 @@ def test_none_adds_each_row_or_column_to_a_whole_copy():
     assert columns.tolist() == [[[1001, 3002], [1003, 3004]], [[2001, 4002], [2003, 4004]]]
 
 
-def test_each_next_out_axis_swaps_two_neighbours():
+def test_each_next_out_axis_swaps_two_neighbours(vmap):
     """The article's rule: the shape for out_axes = n is that for n - 1 with its indices n - 1 and n swapped."""
     (a, b), _ = both(LARGE)
     shapes = [tuple(vmap(torch.add, in_axes=(0, None), out_axes=n)(a, b).shape) for n in range(6)]
@@ -140,11 +140,11 @@ def test_each_next_out_axis_swaps_two_neighbours():
 
 
 @pytest.mark.parametrize("axis", range(-3, 3))
-def test_summary_one_mapped_matrix_and_one_whole(axis, same):
+def test_summary_one_mapped_matrix_and_one_whole(axis, same, vmap, how):
     """in_axes = (n, None) hands the slices of A1 without axis n to all rows of A2; the ranks may differ."""
     A1 = torch.arange(27).reshape(3, 3, 3)
     A2 = torch.arange(100, 112).reshape(4, 3)[:, None].expand(4, 3, 3).reshape(2, 2, 3, 3)
     jA1, jA2 = jnp.asarray(A1.numpy()), jnp.asarray(A2.numpy())
-    for out_axes in range(-5, 5):
+    for out_axes in how.some(range(-5, 5)):
         out = vmap(torch.add, in_axes=(axis, None), out_axes=out_axes)(A1, A2)
         same(out, jax.vmap(jnp.add, in_axes=(axis, None), out_axes=out_axes)(jA1, jA2))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchbatch import vmap
+COMPILED = pytest.mark.parametrize("how", ["eager", "jit", "inductor"], indirect=True)
 
 # What `layer(batch_x[0])` prints there, up to where the page cuts it off.
 PRINTED = """
@@ -52,22 +52,23 @@ class TestDot:
         assert output.tolist() == [2231275] * 100
         assert output.shape == (100,)
 
-    def test_vmap_keeps_the_name(self):
+    def test_vmap_keeps_the_name(self, vmap):
         assert vmap(torch.dot).__name__ == jax.vmap(jnp.dot).__name__ == "dot"
         assert callable(vmap(torch.dot))
 
-    def test_vmap(self, stacked, jax_stacked, same):
+    @COMPILED
+    def test_vmap(self, stacked, jax_stacked, same, vmap):
         output = vmap(torch.dot)(*stacked)
         assert output.tolist() == [2231275] * 100
         assert output.shape == (100,)
         same(output, jax.vmap(jnp.dot)(*jax_stacked))
 
-    def test_vmap_with_in_axes(self, stacked, jax_stacked, same):
+    def test_vmap_with_in_axes(self, stacked, jax_stacked, same, vmap):
         output = vmap(torch.dot, in_axes=(0, 0))(*stacked)
         assert output.tolist() == [2231275] * 100
         same(output, jax.vmap(jnp.dot, in_axes=(0, 0))(*jax_stacked))
 
-    def test_one_vector_against_a_batch(self, stacked, jax_stacked, same):
+    def test_one_vector_against_a_batch(self, stacked, jax_stacked, same, vmap):
         array1, array2 = torch.arange(150), stacked[1]
         assert (array1.shape, array2.shape) == ((150,), (100, 150))
         output = vmap(torch.dot, in_axes=(None, 0))(array1, array2)
@@ -159,13 +160,13 @@ class TestLinearLayer:
 
         close(manual_batched_layer(batch_x), expected)
 
-    def test_auto_vectorized_batching(self, layer, batch_x, expected, close):
+    def test_auto_vectorized_batching(self, layer, batch_x, expected, close, vmap):
         def vmap_batched_layer(batch_x):
             return vmap(layer)(batch_x)
 
         close(vmap_batched_layer(batch_x), expected)
 
-    def test_with_weights_and_no_in_axes_is_an_error(self, W, batch_x, jax_arrays):
+    def test_with_weights_and_no_in_axes_is_an_error(self, W, batch_x, jax_arrays, vmap):
         def vmap_batched_layer_with_weights(W, batch_x):
             return vmap(layer_with_weights)(W, batch_x)
 
@@ -177,7 +178,8 @@ class TestLinearLayer:
         for part in ["size 64: axis 0 of argument W", "size 16: axis 0 of argument x", "[64,100]", "[16,100]"]:
             assert part in text.replace(", ", ","), text
 
-    def test_with_weights_and_in_axes(self, W, batch_x, expected, close):
+    @COMPILED
+    def test_with_weights_and_in_axes(self, W, batch_x, expected, close, vmap):
         def vmap_batched_layer_with_weights(W, batch_x):
             return vmap(layer_with_weights, in_axes=(None, 0))(W, batch_x)
 

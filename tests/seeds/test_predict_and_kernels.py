@@ -12,6 +12,7 @@ import torch
 
 from torchbatch import vmap
 
+COMPILED = pytest.mark.parametrize("how", ["eager", "jit", "inductor"], indirect=True)
 
 def predict(params, input_vector):
     w, b = params
@@ -68,21 +69,22 @@ class TestPredict:
         same(held(input_batch), expected)
         assert torch.equal(looked_up(input_batch), torch.zeros(tuple(expected.shape)))
 
-    def test_vmap_of_the_partial(self, case, expected, same):
+    @COMPILED
+    def test_vmap_of_the_partial(self, case, expected, same, vmap):
         params, input_batch, jax_params, jax_batch = case
         predict_batch_f = vmap(partial(predict, params))
         predictions = predict_batch_f(input_batch)
         same(predictions, expected)
         same(predictions, jax.vmap(partial(jax_predict, jax_params))(jax_batch))
 
-    def test_in_axes_says_what_is_batched(self, case, expected, same):
+    def test_in_axes_says_what_is_batched(self, case, expected, same, vmap):
         params, input_batch, jax_params, jax_batch = case
         predict_batch_f = vmap(predict, in_axes=(None, 0))
         predictions = predict_batch_f(params, input_batch)
         same(predictions, expected)
         same(predictions, jax.vmap(jax_predict, in_axes=(None, 0))(jax_params, jax_batch))
 
-    def test_either_argument_can_be_bound_by_its_name(self, case):
+    def test_either_argument_can_be_bound_by_its_name(self, case, vmap):
         """The text could not bind `input_batch` and leave `params` free: by keyword it works."""
         params, input_batch, jax_params, jax_batch = case
         bound = partial(predict, input_vector=input_batch[0])
@@ -152,7 +154,7 @@ class TestDistances:
         same(dot_distances(torch, x, y, square), dot_distances(jnp, jx, jy, square))
 
     @pytest.mark.parametrize("square", [False, True])
-    def test_pairwise_distances_by_two_vmaps(self, xy, same, square):
+    def test_pairwise_distances_by_two_vmaps(self, xy, same, square, vmap):
         x, y, jx, jy = xy
         arg = {"square": square}
         dist, jax_dist = partial(dot_distances, torch), partial(dot_distances, jnp)
@@ -163,7 +165,7 @@ class TestDistances:
         same(out, theirs(jx, jy))
         same(out, einsum_distances(jnp, jx, jy, square))
 
-    def test_pairwise_distances_of_the_vector_form(self, xy, same):
+    def test_pairwise_distances_of_the_vector_form(self, xy, same, vmap):
         x, y, jx, jy = xy
         dists = vmap(vmap(sqeuclidean_distances, in_axes=(None, 0)), in_axes=(0, None))
         same(dists(x, y), einsum_distances(jnp, jx, jy, square=True))
@@ -206,30 +208,31 @@ class TestKernels:
         assert ours.shape == ()
         same(ours, jax_rbf_kernel(gammas[1], jx[0], jy[0]))
 
-    def test_gram_matrix_in_a_single_call(self, xy, gammas, same):
+    @COMPILED
+    def test_gram_matrix_in_a_single_call(self, xy, gammas, same, vmap):
         x, y, jx, jy = xy
-        same(gram(rbf_kernel, gammas[0], x, y), gram(jax_rbf_kernel, gammas[1], jx, jy, vmap=jax.vmap))
+        same(gram(rbf_kernel, gammas[0], x, y, vmap=vmap), gram(jax_rbf_kernel, gammas[1], jx, jy, vmap=jax.vmap))
 
-    def test_gram_matrix_of_one_set_with_itself(self, xy, gammas, same):
+    def test_gram_matrix_of_one_set_with_itself(self, xy, gammas, same, vmap):
         x, _, jx, _ = xy
-        out = gram(rbf_kernel, gammas[0], x)
+        out = gram(rbf_kernel, gammas[0], x, vmap=vmap)
         same(out, gram(jax_rbf_kernel, gammas[1], jx, vmap=jax.vmap))
         assert torch.equal(out, out.T)
         assert torch.equal(out.diagonal(), torch.ones(4))
 
-    def test_gram_matrix_in_multiple_calls(self, xy, gammas, same):
+    def test_gram_matrix_in_multiple_calls(self, xy, gammas, same, vmap):
         x, y, jx, jy = xy
         ours, theirs = partial(rbf_kernel, gammas[0]), partial(jax_rbf_kernel, gammas[1])
-        out = covariance_matrix(ours, x, y)
+        out = covariance_matrix(ours, x, y, vmap=vmap)
         same(out, covariance_matrix(theirs, jx, jy, vmap=jax.vmap))
-        np.testing.assert_allclose(out, gram(rbf_kernel, gammas[0], x, y), rtol=1e-6)
+        np.testing.assert_allclose(out, gram(rbf_kernel, gammas[0], x, y, vmap=vmap), rtol=1e-6)
 
 
 class TestVectorsToMatrices:
     """`vv`, `mv` and `mm`: an inner product becomes a matrix product by two vmaps."""
 
     @pytest.fixture
-    def ours(self):
+    def ours(self, vmap):
         vv = lambda x, y: torch.vdot(x, y)  # noqa: E731
         mv = vmap(vv, (0, None), 0)
         mm = vmap(mv, (None, 1), 1)
@@ -254,6 +257,7 @@ class TestVectorsToMatrices:
         same(out, theirs[1](x, y))
         np.testing.assert_allclose(out, x @ y, rtol=1e-5)
 
+    @COMPILED
     def test_mm(self, ours, theirs, draw, same):
         """`([b, a], [a, c]) -> [b, c]`"""
         x, y = draw(2, 3), draw(3, 4)

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchbatch import make_graph, vmap
 
+COMPILED = pytest.mark.parametrize("how", ["eager", "jit", "inductor"], indirect=True)
+
 
 @pytest.fixture
 def arrays(draw):
@@ -69,7 +71,8 @@ def test_batched_by_hand(arrays, models, same):
     same(batched_by_hand(arrays)(batch[0]), models[1](jnp.asarray(arrays[3][0])))
 
 
-def test_vmap(arrays, models, same):
+@COMPILED
+def test_vmap(arrays, models, same, vmap):
     model, jax_model = models
     batch = torch.from_numpy(arrays[3])
     out = vmap(model)(batch)

@@ -295,7 +295,7 @@ def test_captured_tensor_as_long_as_the_batch():
         agrees(jitted, mapped, numbers(size, 4))
     whole = replayed(lambda x: vmap(lambda a: a * 2)(x) * shared)
     torch.testing.assert_close(whole(numbers(4)), numbers(4) * 2 * shared)
-    with pytest.raises(RuntimeError, match="must match|broadcast"):
+    with pytest.raises(RuntimeError, match=r"must match|broadcast"):
         whole(numbers(5))
 
 

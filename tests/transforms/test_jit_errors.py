@@ -355,8 +355,12 @@ NO_ARRAYS = {
     "[0]": ([Thing()], "a thing of type Thing"),
     "[1]": ((X, torch.float32), "torch.float32 of type dtype"),
     "['n']": ({"n": np.array(["a"])}, "array(['a'], dtype='<U1') of type ndarray and dtype <U1"),
-    "['big']": ({"big": 2**64}, "18446744073709551616 of type int"),
 }
+
+
+def test_an_output_that_does_not_fit():
+    with pytest.raises(OutputTypeError, match=r"output\['big'\] of .* is 18446744073709551616 of type int, but it does not fit"):
+        jit(lambda x: {"big": 2**64}, backend="eager")(torch.ones(1))
 
 
 @pytest.mark.parametrize("place", NO_ARRAYS)

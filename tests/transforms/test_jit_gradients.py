@@ -164,7 +164,7 @@ def test_tangents_of_any_layout(backend):
 
 def test_tangents_that_are_missing():
     x = numbers(3).requires_grad_()
-    a, b = replayed(lambda x: (x * 2, x * 3))(x)
+    _a, b = replayed(lambda x: (x * 2, x * 3))(x)
     b.sum().backward()
     assert torch.equal(x.grad, torch.full((3,), 3.0))
 
@@ -412,6 +412,6 @@ def test_backward_inside():
         (x * w).sum().backward()
         return x * 2
 
-    with pytest.raises(UnsupportedOperationError, match="torchbatch.grad"):
+    with pytest.raises(UnsupportedOperationError, match=r"torchbatch\.grad"):
         replayed(fun)(numbers(3))
     assert w.grad is None

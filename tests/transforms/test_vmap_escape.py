@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import subprocess
+import sys
 import threading
 import time
 
@@ -420,3 +422,18 @@ def test_threads_do_not_lose_their_values():
     for thread in threads:
         thread.join()
     assert not errors
+
+
+MAKING = """
+import gc, sys, threading, torchbatch
+kept = [{} for _ in range(1000)]  # so that the dictionaries of a threading.local must be allocated
+for threshold in range(2, 12):
+    gc.set_threshold(threshold)  # the collector starts in the middle of the making of some
+    kept += [threading.local() for _ in range(200)]
+print("alive")
+"""
+
+
+def test_the_look_at_young_objects_survives_those_that_are_being_made():
+    done = subprocess.run([sys.executable, "-c", MAKING], capture_output=True, text=True, check=False)
+    assert done.stdout == "alive\n", done.stderr[-500:]

@@ -59,6 +59,11 @@ class Captured(TorchDispatchMode):
         return known
 
     def _met(self, value: torch.Tensor) -> torch.Tensor:
+        if value.is_nested or value.layout is not torch.strided or value.is_quantized:
+            raise UnsupportedOperationError(
+                "jit: the function closes over a sparse, nested or quantized tensor; jit takes plain dense tensors. Build it "
+                "inside the function from the tensors that it is made of."
+            )
         if value.is_conj() or value.is_neg():
             raise UnsupportedOperationError(
                 "jit: the function closes over a tensor that is conjugated or negated only when it is read (x.conj(), "

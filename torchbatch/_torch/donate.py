@@ -23,18 +23,23 @@ class DonatedTensor(torch.Tensor):
         return "<tensor whose memory was given to a jit function>"
 
 
-def take(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """The same tensor as a new object; the old one becomes unusable.
+def check(tensor: torch.Tensor, name: str) -> None:
+    """Refuse to take a tensor that autograd may need.
 
     Raises:
-        UnsupportedOperationError: autograd needs the tensor.
+        UnsupportedOperationError: the tensor requires a gradient.
     """
     if tensor.requires_grad:
         raise UnsupportedOperationError(
             f"jit: argument {name} is donated, but it requires a gradient, so that autograd may need it later. Pass "
             f"{name}.detach(), or leave it out of donate_argnums."
         )
+
+
+def take(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor as a new object; the old one becomes unusable."""
     taken = tensor.detach()
+    torch.autograd.graph.increment_version(tensor)  # for what autograd saved of it elsewhere
     tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     tensor.__class__ = DonatedTensor
     return taken

@@ -221,7 +221,7 @@ def explain(error: Exception, shared: Callable[[], Mapping[str, torch.Tensor]]) 
 
 _TRACE_RULES = _rules(
     (
-        r"_local_scalar_dense|get value out of a tracing tensor|data-dependent|is_nonzero|Could not (guard|extract)",
+        r"_local_scalar_dense|__format__|get value out of a tracing tensor|data-dependent|is_nonzero|Could not (guard|extract)",
         DataDependentError,
         """Python needs a value here (an if, a while, a range, a size, .item(), int(), float()), but {fun} is being traced, and
         the value is only known when it runs. Choose with torch.where(condition, a, b); or make the argument that it comes from
@@ -239,7 +239,7 @@ _TRACE_RULES = _rules(
         "The shape of what is computed here depends on values, which {fun} does not have while it is traced. " + FIXED_SHAPES,
     ),
     (
-        r"data pointer|numpy\(\)|doesn't have storage|\.tolist\(\)|data is not allocated",
+        r"data pointer|numpy\(\)|doesn't have storage|\.tolist\(\)|data is not allocated|ndarray' and 'FakeTensor'|[Pp]ickle",
         DataDependentError,
         """The memory of a tensor is asked for (.numpy(), NumPy functions, pickle, .data_ptr()), but {fun} is being traced, and
         there are no numbers yet. Use torch operations inside the function, and convert its result.""",
@@ -262,12 +262,15 @@ _TRACE_RULES += _rules(
 )
 
 
+_TRACE_ERRORS = (RuntimeError, TypeError, AssertionError, AttributeError, GuardOnDataDependentSymNode)
+
+
 def explain_trace(error: Exception, fun: str) -> TorchbatchError | None:
     """The error to raise instead of one that came out of a trace of ``fun``, or None if it is not about tracing."""
     if _is_users_own(error):
         return None
     about_values = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
-    if not about_values and type(error) not in (RuntimeError, TypeError, AssertionError, GuardOnDataDependentSymNode):
+    if not about_values and type(error) not in _TRACE_ERRORS:
         return None
     where = _user_frame(error.__traceback__) or _calling_frame()
     for rule in _TRACE_RULES:

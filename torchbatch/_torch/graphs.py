@@ -71,7 +71,7 @@ def _tracing_here() -> Iterator[None]:
     """State of the thread and the process while a function is traced."""
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a stack of PyTorch's for each error of the user's
     log_was_disabled, log.disabled = log.disabled, True
-    seed = torch.initial_seed()
+    seed, state = torch.initial_seed(), torch.get_rng_state()
     _tracing.active = True
     try:
         yield
@@ -79,6 +79,7 @@ def _tracing_here() -> Iterator[None]:
         _tracing.active = False
         log.disabled = log_was_disabled
     if torch.initial_seed() != seed:
+        torch.set_rng_state(state)
         raise UnsupportedOperationError(
             "jit: the function seeds the random generator (torch.manual_seed), which would happen only while it is traced. "
             "Seed before the call."
@@ -109,19 +110,36 @@ def trace(
     with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=shapes is None)
     fakes = [_fake(mode, value, open_axes[i] if open_axes else None) for i, value in enumerate(inputs)]
+    aliases = [value.detach() for value in fakes]
     run = _Run(flat, gradients)
-    with _tracing_here(), run.captured_restored(), mode:
-        recorded = make_fx(run, _DECLARED, _allow_fake_constant=True, record_stack_traces=True)(*fakes)
-    if any(value.grad is not None for value in fakes):
-        raise called_backward()
+    try:
+        with _tracing_here(), run.captured_restored(), mode:
+            recorded = make_fx(run, _DECLARED, _allow_fake_constant=True, record_stack_traces=True)(*fakes)
+        for value, fake, alias in zip(inputs, fakes, aliases, strict=True):
+            _check_input(value, fake, alias)
+    except BaseException:
+        if keeps:
+            _mark_leaked(mode)
+        raise
     _lift(recorded, run.captured.fakes, run.tangents)
     own_mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=shapes is None)
     examples = _examples(recorded, own_mode)
     if keeps:
         run.captured.forget()
-        del fakes
+        del fakes, aliases
         _mark_leaked(mode)
     return _finished(recorded, examples, own_mode, run)
+
+
+def _check_input(value: torch.Tensor, fake: torch.Tensor, alias: torch.Tensor) -> None:
+    """Refuse what a function did to an argument, and that would not happen to the real one."""
+    if fake.grad is not None:
+        raise called_backward()
+    if fake.requires_grad != value.requires_grad or not levels.share_memory(fake, alias):
+        raise UnsupportedOperationError(
+            "jit: the function changes an argument itself (requires_grad_(), x.data = …, set_()), which would happen only while "
+            "it is traced. Do it before the call, or to a copy (x.clone())."
+        )
 
 
 def _fake(mode: FakeTensorMode, value: torch.Tensor, open_axes: Sequence[int] | None) -> torch.Tensor:
@@ -188,6 +206,9 @@ class _Run:
         self.tangents = len(tangents)
         sources = [*inputs, *self.captured.tensors]
         wanted = [i for i, value in enumerate(sources) if value.requires_grad]
+        if not wanted:  # it is only inside that something was made to require a gradient
+            self.differentiable, self.tangents = [], 0
+            return []
         check_independent([value for value in self.captured.tensors if value.requires_grad])
         with without_hooks(self.captured.tensors), self.captured:
             found = torch.autograd.grad(results, [sources[i] for i in wanted], tangents, allow_unused=True)
@@ -316,7 +337,10 @@ class LeakedTensor(torch.Tensor):
 
 def _mark_leaked(mode: FakeTensorMode) -> None:
     """Make unusable what is still alive of the fake tensors of a trace that is over."""
-    for value in [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]:
-        inner = levels.innermost(value)
-        if type(inner) is FakeTensor and inner.fake_mode is mode:
-            value.__class__ = LeakedTensor
+    tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
+    for value in [value for value in tensors if _is_of(mode, levels.innermost(value))]:
+        value.__class__ = LeakedTensor
+
+
+def _is_of(mode: FakeTensorMode, value: torch.Tensor) -> bool:
+    return type(value) is FakeTensor and value.fake_mode is mode

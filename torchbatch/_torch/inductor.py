@@ -36,6 +36,7 @@ from torchbatch.errors import AxisSpecError, CompilerError
 Run = Callable[[list[torch.Tensor]], Sequence[Any]]
 
 # The call has been checked already, and draws are to be those of PyTorch's own operators.
+_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _OURS = {"size_asserts": False, "fallback_random": True}
 
 
@@ -54,13 +55,11 @@ def settings(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, A
     """
     known = list_options()
     for name in options or {}:
-        if name.replace("-", "_") not in known:
+        if not isinstance(name, str) or name.replace("-", "_") not in known:
             raise AxisSpecError(f"jit: options has no entry {name!r}. torch._inductor.list_options() lists those that exist.")
-    try:
-        found = list_mode_options(mode) if mode is not None else {}
-    except RuntimeError as error:
-        known_modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-        raise AxisSpecError(f"jit: mode must be one of {', '.join(known_modes)}, but it is {mode!r}.") from error
+    if mode not in (None, *_MODES):
+        raise AxisSpecError(f"jit: mode must be one of {', '.join(_MODES)}, but it is {mode!r}.")
+    found = list_mode_options(mode) if mode is not None else {}
     given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
     return {**_OURS, **found, **given}
 
@@ -82,15 +81,29 @@ def compile_graph(module: GraphModule, examples: Sequence[torch.Tensor], trace: 
     sizes = _take_sizes(own, places, examples)
     constants = _take_constants(own)
     try:
-        with _settled(patches), tracing(TracingContext(trace.mode)):
+        with _settled({**_for_pools(own), **patches}), tracing(TracingContext(trace.mode)):
             whole: Any = compile_fx(own, [*constants, *sizes, *examples], inner_compile=inner)
     except Exception as error:
-        raise _explained(error) from error
+        raise explained(error) from error
     code = made[-1]
     run = code.current_callable if _is_plain(code) else lambda values: whole(*values)
     if places or constants:
         return Code(lambda values: run([*constants, *(values[i].shape[axis] for i, axis in places), *values]), _source(code))
     return Code(run, _source(code))
+
+
+_POOLS = (torch.ops.aten.max_pool2d_with_indices.default, torch.ops.aten.max_pool2d_with_indices_backward.default)
+
+
+def _for_pools(module: GraphModule) -> dict[str, Any]:
+    """Settings for max pooling on the CPU: otherwise each pool transposes what the convolutions give, in scalar loops.
+
+    Measured on per-example gradients of a CNN with 256 examples of 28 x 28: 0.64 of the time.
+    """
+    pools = [node for node in module.graph.nodes if node.target in _POOLS]
+    if not pools or pools[0].args[0].meta["val"].device.type != "cpu":
+        return {}
+    return {"layout_optimization": False, "cpp.enable_tiling_heuristics": False}
 
 
 def _open_sizes(examples: Sequence[Any]) -> list[tuple[int, int]]:
@@ -156,7 +169,8 @@ def _is_plain(code: Any) -> bool:
     return getattr(code, "current_callable", None) is not None
 
 
-def _explained(error: BaseException) -> CompilerError:
+def explained(error: BaseException) -> CompilerError:
+    """The error to raise for one that came out of Inductor."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, InvalidCxxCompiler):

@@ -45,10 +45,13 @@ class OpenSizes:
         return shapes + list(zip(self._strides, (value.stride() for value in values), strict=True))
 
     def _conditions_hold(self, sizes: dict[Any, int]) -> bool:
-        conditions = all(bool(_value(guard, sizes)) for guard in self._guards)
+        known = {**self._fixed, **sizes}
+        conditions = all(bool(_value(guard, known)) for guard in self._guards)
         fixed = [(symbol, to) for symbol, to in self._fixed.items() if symbol in sizes]
         return conditions and all(sizes[symbol] == _value(to, sizes) for symbol, to in fixed)
 
 
 def _value(formula: Any, sizes: dict[Any, int]) -> Any:
-    return formula if isinstance(formula, int) else formula.xreplace(sizes)
+    for _ in range(2):  # what takes the place of a symbol may name another one
+        formula = formula if isinstance(formula, int) else formula.xreplace(sizes)
+    return formula

@@ -89,7 +89,7 @@ def compiled(exported: ExportedProgram, settings: Mapping[str, Any]) -> bytes:
         try:
             inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
         except Exception as error:
-            raise importlib.import_module("torchbatch._torch.inductor")._explained(error) from error
+            raise importlib.import_module("torchbatch._torch.inductor").explained(error) from error
         return Path(path).read_bytes()
 
 

@@ -83,13 +83,16 @@ def _changes(old: Mapping[str, str], new: Mapping[str, str]) -> str:
 def compiling(name: str) -> Iterator[None]:
     """Log how long a compilation takes; on a terminal, show a line while it does if it is long."""
     started, done = time.perf_counter(), threading.Event()
+    line = threading.Thread(target=_show, args=(name, started, done), daemon=True)
     shown = sys.stderr.isatty()
     if shown:
-        threading.Thread(target=_show, args=(name, started, done), daemon=True).start()
+        line.start()
     try:
         yield
     finally:
         done.set()
+        if shown:
+            line.join()
     logger.info("compiled %s in %.2f s", name, time.perf_counter() - started)
 
 

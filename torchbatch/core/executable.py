@@ -39,19 +39,27 @@ class Backend:
     """
 
     def __init__(self, name: Any, mode: str | None, options: Mapping[str, Any] | None) -> None:
+        if not isinstance(options, Mapping | None):
+            raise AxisSpecError(f"jit: options must be a dict of Inductor's settings, but it is {options!r}.")
         if name not in ("inductor", "eager") and not callable(name):
             raise AxisSpecError(f'jit: backend must be "inductor", "eager" or a function, but it is {name!r}.')
         if (mode is not None or options) and name != "inductor":
             raise AxisSpecError("jit: mode and options are settings of Inductor, so they go with backend='inductor'.")
         self.name = name
-        self._settings = compiler().settings(mode, options) if mode is not None or options else None
+        self._mode, self._options = mode, options
+        if mode is not None or options:
+            self.settings  # noqa: B018 (a wrong mode or option is refused now)
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """Inductor's settings."""
+        found: dict[str, Any] = compiler().settings(self._mode, self._options)
+        return found
 
     def build(self, trace: Trace, module: GraphModule, examples: Sequence[torch.Tensor]) -> tuple[Run, str]:
         """A function of a list of tensors, and the code that was generated for it."""
         if self.name == "inductor":
-            if self._settings is None:
-                self._settings = compiler().settings(None, None)
-            found: tuple[Run, str] = compiler().compile_graph(module, examples, trace, self._settings)
+            found: tuple[Run, str] = compiler().compile_graph(module, examples, trace, self.settings)
             return found
         run = module.forward if self.name == "eager" else self.name(module, list(examples))
         if not callable(run):
@@ -114,7 +122,7 @@ class Executable:
     def _run_writing(self, values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         values = [*values, *self.captured]
         written = [values[i] for i in self._mutated]
-        _check_apart(written, values)
+        check_apart(written, values)
         with torch.no_grad():
             results = self._forward(values)
         torch.autograd.graph.increment_version(written)
@@ -122,7 +130,7 @@ class Executable:
 
     def _run_differentiable(self, values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         inputs = [*values, *self.captured]
-        _check_apart([inputs[i] for i in self._mutated], inputs)
+        check_apart([inputs[i] for i in self._mutated], inputs)
         results: Any = _apply(self, *inputs)
         count = self.trace.outputs
         with torch.no_grad():
@@ -215,7 +223,7 @@ def _keep_outputs_apart(module: GraphModule, outputs: int) -> None:
     module.recompile()
 
 
-def _check_apart(written: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+def check_apart(written: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     """A graph writes each input by itself, so what is written must not share memory with another input."""
     for value in written:
         start = value.untyped_storage().data_ptr()

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from torchbatch._torch import explain, graphs
+from torchbatch._torch.captured import called_backward
 from torchbatch._torch.graphs import Trace
 from torchbatch.core import tree
 from torchbatch.core.argnums import flatten
@@ -61,7 +63,7 @@ class Program:
     def _flat(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         numbers = [inputs[i] for i in self.call.numbers]
         args, kwargs = self.call.arguments(inputs)
-        with IntegerIndices(), WeakNumbers(numbers) if numbers else nullcontext():
+        with IntegerIndices(), _NoBackward(), WeakNumbers(numbers) if numbers else nullcontext():
             leaves, self.structure = flatten(self.call.fun(*args, **kwargs))
             return [self._tensor(strong(leaf), i) for i, leaf in enumerate(leaves)]
 
@@ -71,13 +73,29 @@ class Program:
         if isinstance(leaf, torch.SymInt):  # a size that was left open
             return torch.scalar_tensor(leaf, dtype=torch.int64)  # type: ignore[arg-type]
         if isinstance(leaf, bool | int | float | complex):
-            return torch.tensor(leaf)
+            return self._constant(leaf, index)
         if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufc":
             return torch.tensor(leaf)
+        raise self._bad_output(leaf, index, "every output must be an array or a number")
+
+    def _constant(self, number: bool | int | float | complex, index: int) -> torch.Tensor:
+        try:
+            return torch.tensor(number)
+        except (OverflowError, RuntimeError, ValueError):
+            raise self._bad_output(number, index, "it does not fit into an int64") from None
+
+    def _bad_output(self, leaf: Any, index: int, rule: str) -> OutputTypeError:
         name = tree.paths(self.structure.unflatten(range(self.structure.num_leaves)), "output")[index]
-        raise OutputTypeError(
-            f"jit: {name} of {function_name(self.call.fun)} is {shown(leaf)}, but every output must be an array or a number."
-        )
+        return OutputTypeError(f"jit: {name} of {function_name(self.call.fun)} is {shown(leaf)}, but {rule}.")
+
+
+class _NoBackward(TorchFunctionMode):
+    """Refuses ``backward()``, whose result would be left in ``.grad``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.backward:
+            raise called_backward()
+        return func(*args, **(kwargs or {}))
 
 
 _LEAF = flatten(0)[1]

@@ -82,7 +82,7 @@ class WeakNumbers(TorchFunctionMode):
         others = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not self.is_weak(leaf)]
         if not others:
             return self._alone(func, leaves, structure)
-        _check_write(name, leaves[0], [leaves[i] for i in weak])
+        _check_write(name, leaves[0], [leaves[i] for i in weak], others)
         for i in weak:
             leaves[i] = _beside(leaves[i], others, name)
         args, kwargs = structure.unflatten(leaves)
@@ -96,8 +96,11 @@ class WeakNumbers(TorchFunctionMode):
             leaves = [self._counted(leaf, division) for leaf in leaves]
         args, kwargs = structure.unflatten(leaves)
         result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor) and result.dim() == 0 and result.dtype in _KINDS and name not in _CONVERSIONS:
-            self._weak[id(result)] = result
+        if not isinstance(result, torch.Tensor) or name in _CONVERSIONS or result.dtype not in _KINDS:
+            return result
+        if result.dim():
+            return result.to(_strong_dtype(result.dtype))
+        self._weak[id(result)] = result
         return result
 
     def _counted(self, leaf: Any, division: bool) -> Any:
@@ -143,11 +146,17 @@ def _is_arithmetic(name: str) -> bool:
     return name in _ARITHMETIC or name.removeprefix("r") in _ARITHMETIC or name.removeprefix("i") in _ARITHMETIC
 
 
-def _check_write(name: str, target: Any, weak: Sequence[torch.Tensor]) -> None:
-    """Refuse, as PyTorch does, to write a complex number into a real tensor."""
-    writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
-    if writes and isinstance(target, torch.Tensor) and not target.is_complex() and any(value.is_complex() for value in weak):
+def _check_write(name: str, target: Any, weak: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> None:
+    """Refuse, as PyTorch does, to write a number into a tensor whose dtype does not hold its kind."""
+    in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+    if not isinstance(target, torch.Tensor) or not (in_place or name == "__setitem__"):
+        return
+    if not target.is_complex() and any(value.is_complex() for value in weak):
         raise InPlaceError("jit: a complex number is written in place into a real tensor.")
+    if in_place and _is_arithmetic(name.strip("_")):
+        found = _promoted(weak[0], others)
+        if not torch.can_cast(found, target.dtype):
+            raise InPlaceError(f"jit: {name} makes values of {found}, which a tensor of {target.dtype} does not hold.")
 
 
 def _beside(weak: torch.Tensor, others: Sequence[torch.Tensor], name: str) -> torch.Tensor:

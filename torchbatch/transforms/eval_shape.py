@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from torchbatch._torch.likes import Like, stand_ins
 from torchbatch.core import argnums as positional
 from torchbatch.core import tree
 from torchbatch.core.abstract import META, Abstract, to_meta
 from torchbatch.core.argnums import flatten
+from torchbatch.core.signature import Call, StaticArguments, bind
 from torchbatch.errors import AxisSpecError, InputTypeError, OutputTypeError
 
 __all__ = ["ShapeDtypeStruct", "eval_shape"]
@@ -105,6 +107,23 @@ def eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = fun(*abstract_args, **abstract_kwargs)
     found, out_structure = flatten(output)
     return out_structure.unflatten([_describe(leaf, output, i, device) for i, leaf in enumerate(found)])
+
+
+def bind_shapes(fun: Callable[..., Any], static: StaticArguments, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    """The arguments of a call, taken apart, where a :class:`ShapeDtypeStruct` may stand for a tensor; it takes no memory."""
+    known: dict[int, torch.Tensor] = {}
+
+    def example(leaf: Any) -> Any:
+        if not isinstance(leaf, ShapeDtypeStruct):
+            return leaf
+        place = torch.empty(0)
+        like = Like.of(torch.empty(leaf.shape, dtype=leaf.dtype, device=META))
+        [known[id(place)]] = stand_ins([like._replace(device=leaf.device)])
+        return place
+
+    args, kwargs = tree.map_leaves(example, (tuple(args), dict(kwargs)))
+    call = bind(fun, static, args, kwargs)
+    return call._replace(values=[known.get(id(value), value) for value in call.values])
 
 
 class _Names:

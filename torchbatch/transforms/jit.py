@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torchbatch.core.program import Program, mapped_sizes, one_at_a_time
 from torchbatch.core.signature import Call, StaticArguments, bind
 from torchbatch.core.wrapper import Wrapper
 from torchbatch.errors import AxisSpecError, DonatedBufferError, InPlaceError, StaticArgumentError
-from torchbatch.transforms.eval_shape import ShapeDtypeStruct
+from torchbatch.transforms.eval_shape import bind_shapes
 from torchbatch.transforms.stages import Lowered
 from torchbatch.transforms.vmap import Vmapped
 
@@ -187,8 +187,7 @@ class Jitted(Wrapper):
         Args:
             args, kwargs: arguments of the function; a :class:`~torchbatch.ShapeDtypeStruct` may stand for a tensor.
         """
-        args, kwargs = tree.map_leaves(_as_example, (args, kwargs))
-        call = bind(self.__wrapped__, self._static, args, kwargs)
+        call = bind_shapes(self.__wrapped__, self._static, args, kwargs)
         return Lowered(self._program(call), self._backend)
 
     def __repr__(self) -> str:
@@ -287,27 +286,21 @@ def _open_axes(call: Call) -> list[list[int]]:
     return [[axis for axis, size in enumerate(value.shape) if size in sizes] for value in call.values]
 
 
-def _donated(fun: Callable[..., Any], argnums: Any, static: StaticArguments) -> tuple[int, ...]:
-    if argnums is None:
-        return ()
-    donated = StaticArguments(fun, argnums, None, "donate_argnums").nums
-    both = sorted(set(donated) & set(static.nums))
+def _donated(fun: Callable[..., Any], argnums: Any, static: StaticArguments) -> frozenset[int | str]:
+    """The positions of donated arguments, and their names for when they are passed by keyword."""
+    donated = StaticArguments(fun, argnums, None, "donate_argnums")
+    both = sorted(set(donated.nums) & set(static.nums))
     if both:
         raise StaticArgumentError(f"jit: argument {both[0]} cannot be both static and donated.")
-    return donated
+    return frozenset({*donated.nums, *donated.names})
 
 
-def _take(call: Call, donated: Sequence[int]) -> list[torch.Tensor]:
+def _take(call: Call, donated: Collection[int | str]) -> list[torch.Tensor]:
     """The tensors of a call; those of the donated arguments are taken away from the caller."""
     owners, names = call.owners(), call.names()
     for i, value in enumerate(call.values):
         if owners[i] in donated and sum(value is other for other in call.values) > 1:
             raise DonatedBufferError(f"jit: argument {names[i]} is donated, but the same tensor is passed twice.")
-    return [
-        donate.take(value, names[i]) if owners[i] in donated else value for i, value in enumerate(call.values)
-    ]
-
-
-def _as_example(leaf: Any) -> Any:
-    """A tensor for a ShapeDtypeStruct; its numbers are never read."""
-    return torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device) if isinstance(leaf, ShapeDtypeStruct) else leaf
+        if owners[i] in donated:
+            donate.check(value, names[i])
+    return [donate.take(value) if owner in donated else value for owner, value in zip(owners, call.values, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,14 +12,12 @@ import torch
 from torch.fx import GraphModule
 
 from torchbatch._torch import guards
-from torchbatch._torch.stand_in import stand_in
-from torchbatch.core import tree
 from torchbatch.core.listing import of_trace
 from torchbatch.core.program import Program
-from torchbatch.core.signature import Call, StaticArguments, bind
+from torchbatch.core.signature import StaticArguments
 from torchbatch.core.wrapper import Wrapper
 from torchbatch.errors import AxisSpecError, TorchbatchError, UnsupportedOperationError
-from torchbatch.transforms.eval_shape import ShapeDtypeStruct
+from torchbatch.transforms.eval_shape import ShapeDtypeStruct, bind_shapes
 
 
 def make_graph(
@@ -120,24 +118,9 @@ class _GraphMaker(Wrapper):
                 "like. Call it outside, on the transformed function: make_graph(vmap(f))(…)."
             )
         with _as_make_graph(self.__wrapped__), torch.no_grad():
-            program = Program(self._bound(args, kwargs))
+            program = Program(bind_shapes(self.__wrapped__, self._static, args, kwargs))
         graph = Graph(program)
         return (graph, program.structure.unflatten(graph.outputs)) if self._return_shape else graph
-
-    def _bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """The call, where what stands for a tensor comes in its place after the check of the arguments."""
-        known: dict[int, torch.Tensor] = {}
-
-        def example(leaf: Any) -> Any:
-            if not isinstance(leaf, ShapeDtypeStruct):
-                return leaf
-            place = torch.empty(0)
-            known[id(place)] = stand_in(leaf.shape, leaf.dtype, leaf.device)
-            return place
-
-        args, kwargs = tree.map_leaves(example, (args, dict(kwargs)))
-        call = bind(self.__wrapped__, self._static, args, kwargs)
-        return call._replace(values=[known.get(id(value), value) for value in call.values])
 
 
 def _abstract(value: torch.Tensor) -> ShapeDtypeStruct:

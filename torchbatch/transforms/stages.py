@@ -17,7 +17,7 @@ from torchbatch._torch.buffers import Observed
 from torchbatch._torch.likes import Like
 from torchbatch.core import analysis, compile_log, tree
 from torchbatch.core.analysis import MemoryAnalysis
-from torchbatch.core.executable import Backend, Executable, _check_apart, compiler
+from torchbatch.core.executable import Backend, Executable, check_apart
 from torchbatch.core.kind import Kind
 from torchbatch.core.listing import of_trace
 from torchbatch.core.program import Program, one_at_a_time
@@ -275,7 +275,7 @@ class Compiled(_Served):
         is_compiled = backend.name == "inductor"
         with one_at_a_time, compile_log.compiling(f"{self.__name__} for a file"):
             exported = package.exported(trace, self._likes)
-            settings = backend._settings or compiler().settings(None, None)
+            settings = backend.settings
             graph = package.compiled(exported, settings) if is_compiled else package.replayed(exported)
         devices = sorted({like.device.type for like in [*self._likes, *self._seen.outputs]})
         package.write(path, package.Package(graph, trace.captured, call), compiled=is_compiled, devices=devices)
@@ -297,7 +297,7 @@ class Loaded(_Served):
         def writing(values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
             values = [*values, *captured]
             written = [values[i] for i in mutated]
-            _check_apart(written, values)
+            check_apart(written, values)
             outputs = run(values)
             torch.autograd.graph.increment_version(written)
             return outputs
