@@ -120,4 +120,5 @@ def test_traced_gradients_equal_the_loop(name: str) -> None:
 
 
 def test_the_ledger_names_operators_of_the_database() -> None:
-    assert {gap.operator for gap in [*ledger.GAPS, *ledger.FULL_ONLY, *ledger.TRACED]} | set(ledger.LOOPED) <= set(sweep.OPERATORS)
+    gaps = [*ledger.GAPS, *ledger.FULL_ONLY, *ledger.TRACED]
+    assert {gap.operator for gap in gaps} | set(ledger.LOOPED) <= set(sweep.OPERATORS)
