@@ -120,7 +120,7 @@ def timed(work: Work, options: argparse.Namespace) -> Timed:
     return Timed(work, dict(zip(calls, found, strict=True)), first, left_out)
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Tell malloc not to give memory back. Otherwise it depends on what ran before whether a call has to ask for its memory
     page by page, which may take longer than its work."""
     if sys.platform == "linux":
@@ -215,7 +215,7 @@ def options(description: str | None) -> argparse.Namespace:
 
 def run(works: Iterable[Work], options: argparse.Namespace) -> list[Timed]:
     """Measure, print the table, and write the figures and the plot where asked."""
-    _keep_memory()
+    keep_memory()
     _wake(options.device)
     head()
     found = []

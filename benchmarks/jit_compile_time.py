@@ -3,10 +3,9 @@
     python benchmarks/jit_compile_time.py [--device cuda] [--quick] [--repeats N] [--only TEXT] [--json FILE]
 
 Every first call is made in a process of its own, which has imported all packages before. It includes what the packages put
-off until then, such as loading the compiler. With an empty cache, what
-generates a C++ kernel also compiles small programs that try out the processor; the headers that PyTorch compiled before stay in
-their own folder, and are not compiled anew. Where there is no kernel to generate, both are spared. JAX keeps no cache on disk
-unless told to, so it has no second number.
+off until then, such as loading the compiler. With an empty cache, what generates a C++ kernel also compiles small programs
+that try out the processor; the headers that PyTorch compiled before stay in their own folder, and are not compiled anew.
+Where there is no kernel to generate, both are spared. JAX keeps no cache on disk unless told to, so it has no second number.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def draw(rows: list[Row], file: Path) -> None:
 def main(options: argparse.Namespace) -> None:
     """Measure, print the table, and write the figures and the plot where asked."""
     torch.manual_seed(0)
-    contenders._keep_memory()
+    contenders.keep_memory()
     print(" " * 8 + "".join(f"{name:>15}" for name in NAMES))
     rows = []
     for batch in (1, 64, 1024) if options.quick else (1, 16, 256, 4096, 65536):
