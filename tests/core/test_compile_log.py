@@ -268,8 +268,8 @@ def test_the_line_is_gone_when_the_compilation_ends(monkeypatch):
 
 def test_without_a_terminal_there_is_no_line(monkeypatch, capsys):
     monkeypatch.setattr(compile_log, "_PATIENCE", 0.0)
-    threads = []
-    monkeypatch.setattr(compile_log.threading, "Thread", lambda *args, **kwargs: threads.append(args))
+    started = []
+    monkeypatch.setattr(compile_log.threading.Thread, "start", started.append)
     with compile_log.compiling("f"):
         pass
-    assert threads == [] and capsys.readouterr().err == ""
+    assert started == [] and capsys.readouterr().err == ""
