@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -267,3 +268,16 @@ def ways() -> dict[str, Way]:
 def agree(how: Way) -> Agreement:
     """The three-way comparison."""
     return Agreement(_jax(), how)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def garbage_of_failed_traces() -> Iterator[None]:
+    """Collect, after each file, what failed traces of PyTorch's compiler left behind.
+
+    Among it are context managers that were never left. Where the collector ends them, they put back the dispatcher's state of
+    long ago, and transforms work no more in this thread.
+    """
+    yield
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded):
+        gc.collect()
