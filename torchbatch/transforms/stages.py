@@ -72,16 +72,16 @@ class Lowered:
 
     @property
     def in_info(self) -> Any:
-        """The arguments ``(args, kwargs)`` without the static ones: a tree of :class:`ShapeDtypeStruct`."""
+        """The arguments ``(args, kwargs)`` without the static ones: a tree of :class:`~torchbatch.ShapeDtypeStruct`."""
         return _structs(self._kind.structure, self._kind.likes)
 
     @property
     def out_info(self) -> Any:
-        """What is returned: a tree of :class:`ShapeDtypeStruct`."""
+        """What is returned, as a tree of :class:`~torchbatch.ShapeDtypeStruct`."""
         return _structs(self._program.structure, self._seen.outputs)
 
     def as_text(self) -> str:
-        """The operations as a listing, in the form of :func:`make_graph`."""
+        """The operations as a listing, in the form of :func:`~torchbatch.make_graph`."""
         return str(of_trace(self._program.trace))
 
     def cost_analysis(self) -> dict[str, int]:
@@ -148,7 +148,7 @@ class _Served:
 
     @property
     def in_info(self) -> Any:
-        """The arguments ``(args, kwargs)`` without the static ones: a tree of :class:`ShapeDtypeStruct`."""
+        """The arguments ``(args, kwargs)`` without the static ones: a tree of :class:`~torchbatch.ShapeDtypeStruct`."""
         return _structs(self._kind.structure, self._kind.likes)
 
     def _values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -223,7 +223,7 @@ class Compiled(_Served):
 
     @property
     def out_info(self) -> Any:
-        """What is returned: a tree of :class:`ShapeDtypeStruct`."""
+        """What is returned, as a tree of :class:`~torchbatch.ShapeDtypeStruct`."""
         return _structs(self._structure, self._seen.outputs)
 
     def as_text(self) -> str:
@@ -255,7 +255,7 @@ class Compiled(_Served):
         return analysis.memory(self._executable, self._likes, self._seen.outputs)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the function to a file, from which :func:`load` brings it back in another process.
+        """Write the function to a file, from which :func:`~torchbatch.load` brings it back in another process.
 
         The graph is compiled once more, to machine code for this kind of machine and this version of PyTorch, which takes ten
         seconds or more. With ``backend="eager"`` the operations are saved as they are: that file fits any machine, and needs no
@@ -286,7 +286,7 @@ class Compiled(_Served):
 
 
 class Loaded(_Served):
-    """A function from a file, which runs without gradients; see :func:`load`."""
+    """A function from a file, which runs without gradients; see :func:`~torchbatch.load`."""
 
     def __init__(self, about: _About, captured: list[torch.Tensor], run: Run) -> None:
         mutated = about.mutated
@@ -309,12 +309,12 @@ class Loaded(_Served):
 
     @property
     def out_info(self) -> Any:
-        """What is returned: a tree of :class:`ShapeDtypeStruct`."""
+        """What is returned, as a tree of :class:`~torchbatch.ShapeDtypeStruct`."""
         return _structs(self._structure, self._outputs)
 
 
 def load(path: str | os.PathLike[str]) -> Loaded:
-    """Bring back a function that :meth:`Compiled.save` wrote to a file; nothing is traced or compiled.
+    """Bring back a function that ``Compiled.save`` wrote to a file; nothing is traced or compiled.
 
     Only load files that you trust: like a program, they can do anything when they are loaded.
 
