@@ -133,7 +133,7 @@ class Way(NamedTuple):
         What fails when it is compiled is not made smaller, which would compile it a hundred times.
         """
         count = settings.default.max_examples if LONG else count
-        share = {None: 1, "eager": 1 if FULL_JIT else 5, "inductor": 4 if FULL_JIT else 20}[self.backend]
+        share = {None: 1, "eager": 1 if FULL_JIT else 3, "inductor": 4 if FULL_JIT else 20}[self.backend]
         phases = [phase for phase in Phase if self.backend != "inductor" or phase is Phase.generate]
         return settings(max_examples=max(count // share, 3), phases=phases, suppress_health_check=[HealthCheck.too_slow])
 

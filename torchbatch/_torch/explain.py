@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from torchbatch._torch import caller, levels
 from torchbatch.errors import (
@@ -262,7 +261,7 @@ _TRACE_RULES += _rules(
 )
 
 
-_TRACE_ERRORS = (RuntimeError, TypeError, AssertionError, AttributeError, GuardOnDataDependentSymNode)
+_TRACE_ERRORS = ("RuntimeError", "TypeError", "AssertionError", "AttributeError", "GuardOnDataDependentSymNode")
 
 
 def explain_trace(error: Exception, fun: str) -> TorchbatchError | None:
@@ -270,7 +269,7 @@ def explain_trace(error: Exception, fun: str) -> TorchbatchError | None:
     if _is_users_own(error):
         return None
     about_values = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
-    if not about_values and type(error) not in _TRACE_ERRORS:
+    if not about_values and type(error).__name__ not in _TRACE_ERRORS:
         return None
     where = _user_frame(error.__traceback__) or _calling_frame()
     for rule in _TRACE_RULES:

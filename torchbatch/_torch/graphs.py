@@ -6,8 +6,7 @@ the device. Where something requires a gradient, the backward pass is recorded i
 over the graph; what is written to an input becomes a ``copy_`` at the end.
 
 Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch.fx.experimental.proxy_tensor.make_fx``, ``get_proxy_mode``;
-``torch._subclasses.fake_tensor.FakeTensor``, ``FakeTensorMode``; ``torch.fx.experimental.symbolic_shapes``'s ``ShapeEnv``,
-``StatelessSymbolicContext``, ``DimDynamic``; ``torch._functorch.config``.
+``torch._subclasses.fake_tensor.FakeTensor``, ``FakeTensorMode``; ``torch._functorch.config``.
 """
 
 from __future__ import annotations
@@ -25,11 +24,9 @@ from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from torchbatch._torch import levels
+from torchbatch._torch import levels, open_sizes
 from torchbatch._torch.captured import Captured, called_backward, check_independent, without_hooks
-from torchbatch._torch.open_sizes import OpenSizes
 from torchbatch.errors import LeakedTracerError, UnsupportedOperationError
 
 Flat = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
@@ -51,7 +48,7 @@ class Trace(NamedTuple):
     differentiable: list[int]  # which outputs require a gradient
     wanted: list[int]  # which inputs and captured tensors get one
     mutated: list[int]  # which inputs and captured tensors are written in place
-    sizes: OpenSizes | None  # what is known of the sizes that were left open
+    sizes: open_sizes.OpenSizes | None  # what is known of the sizes that were left open
 
 
 class _Tracing(threading.local):
@@ -106,7 +103,7 @@ def trace(
     Raises:
         UnsupportedOperationError: captured tensors that require gradients depend on each other.
     """
-    shapes = None if open_axes is None else ShapeEnv()
+    shapes = None if open_axes is None else open_sizes.environment()
     with functorch_config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=shapes is None)
     fakes = [_fake(mode, value, open_axes[i] if open_axes else None) for i, value in enumerate(inputs)]
@@ -148,9 +145,7 @@ def _fake(mode: FakeTensorMode, value: torch.Tensor, open_axes: Sequence[int] | 
         with mode:
             fake = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
         return fake.requires_grad_(value.requires_grad)
-    alias = value.data.requires_grad_(value.requires_grad)
-    sizes = [DimDynamic.DUCK if axis in open_axes else DimDynamic.STATIC for axis in range(value.dim())]
-    return mode.from_tensor(alias, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+    return open_sizes.fake(mode, value.data.requires_grad_(value.requires_grad), open_axes)
 
 
 def _batch_norm(*args: Any) -> Any:
@@ -164,6 +159,11 @@ def _batch_norm(*args: Any) -> Any:
 def _cudnn_batch_norm(*args: Any) -> Any:
     result = _aten.native_batch_norm.default(*args)
     return (*result, args[0].new_zeros((0,), dtype=torch.uint8))
+
+
+def _zeros(size: Sequence[int], **options: Any) -> torch.Tensor:
+    """The zeros of a tangent that is not there have no memory, which compiled code would read."""
+    return _aten.zeros.default([], **options).expand(size)
 
 
 _DECLARED = {_aten.native_batch_norm.default: _batch_norm, _aten.cudnn_batch_norm.default: _cudnn_batch_norm}
@@ -272,7 +272,7 @@ def _finished(
     with torch.no_grad(), mode:
         functional = torch.func.functionalize(Interpreter(recorded).run)
         with torch.fx.traceback.preserve_node_meta():
-            module = make_fx(functional, _allow_non_fake_inputs=True)(*examples)
+            module = make_fx(functional, {_aten._efficientzerotensor.default: _zeros}, _allow_non_fake_inputs=True)(*examples)
     for node in module.graph.nodes:
         if node.target in (_aten.detach.default, _aten.alias.default):
             node.replace_all_uses_with(node.args[0])
@@ -280,7 +280,7 @@ def _finished(
     module.graph.eliminate_dead_code(has_effect)
     module.recompile()
     inputs = examples[: len(examples) - run.tangents - len(run.captured.tensors)]
-    sizes = None if mode.shape_env is None else OpenSizes(inputs, mode.shape_env)
+    sizes = None if mode.shape_env is None else open_sizes.OpenSizes(inputs, mode.shape_env)
     return Trace(module, examples, mode, run.captured.tensors, run.outputs, run.differentiable, run.wanted, mutated, sizes)
 
 

@@ -5,7 +5,8 @@ transform or a mode is active. ``GlobalStateGuard`` compares grad mode, autocast
 
 Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._dynamo.guards.TensorGuards``, ``GlobalStateGuard``;
 ``torch.utils._python_dispatch._len_torch_dispatch_stack``; ``torch.utils._device.DeviceContext``;
-``torch.autograd.forward_ad._current_level``.
+``torch.autograd.forward_ad._current_level``; ``torch._compile._disable_dynamo``, which, unlike
+``torch.compiler.disable``, does not import the compiler.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo as hidden_from_compile
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 from torch.utils._device import DeviceContext
 
 from torchbatch._torch import graphs, levels
+
+__all__ = ["hidden_from_compile", "inside_other", "state", "state_like_now", "tensors_like", "without_gradients"]
 
 _guards: Any = torch._C._dynamo.guards
 _dispatch_modes: Callable[[], int] = getattr(_python_dispatch, "_len_torch_dispatch_stack")  # noqa: B009

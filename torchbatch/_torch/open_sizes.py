@@ -1,7 +1,11 @@
-"""Whether a graph whose sizes are partly open serves a call: what the trace found out about the sizes must hold for it.
+"""Graphs whose sizes are partly open: fakes with such sizes, and whether a graph serves a call.
 
-Private names used, seen on torch 2.11, 2.13 and 2.15: ``SymInt.node.expr``; the attributes ``guards``, ``replacements`` of
-``torch.fx.experimental.symbolic_shapes.ShapeEnv``.
+What the trace found out about the sizes must hold for the call. PyTorch's module for them is imported when it is needed: that
+takes a third of a second, mostly for SymPy.
+
+Private names used, seen on torch 2.11, 2.13 and 2.15: ``SymInt.node.expr``; ``torch._subclasses.fake_tensor.FakeTensorMode``;
+in ``torch.fx.experimental.symbolic_shapes``: ``ShapeEnv`` with its attributes ``guards`` and ``replacements``,
+``StatelessSymbolicContext``, ``DimDynamic``.
 """
 
 from __future__ import annotations
@@ -10,6 +14,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def environment() -> Any:
+    """Where what is found out about open sizes is written down."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return ShapeEnv()
+
+
+def fake(mode: FakeTensorMode, value: torch.Tensor, open_axes: Sequence[int]) -> torch.Tensor:
+    """A fake tensor whose sizes along some axes are left open."""
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    sizes = [DimDynamic.DUCK if axis in open_axes else DimDynamic.STATIC for axis in range(value.dim())]
+    return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
 
 def _expression(size: Any) -> Any:

@@ -3,7 +3,7 @@
 The file is a zip archive: ``torchbatch.json`` says for what it was made, ``graph.pt2`` holds the code, ``captured.pt`` the
 captured tensors, ``call.pickle`` what is needed to check arguments and to build the output.
 
-The compiler is imported where a package is made, and not where one is opened: that takes a second.
+The compiler and ``torch.export`` are imported where they are needed. That takes a second; running compiled code needs neither.
 
 Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._inductor.aoti_compile_and_package``;
 ``torch._C._aoti.AOTIModelPackageLoader``.
@@ -21,16 +21,18 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
 from torchbatch._torch import graphs
 from torchbatch._torch.graphs import Trace
 from torchbatch._torch.likes import Like, stand_ins
 from torchbatch.errors import CompilerError, UnsupportedOperationError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
@@ -73,7 +75,7 @@ def exported(trace: Trace, likes: Sequence[Like]) -> ExportedProgram:
 def _open_axes(trace: Trace) -> tuple[dict[int, Any] | None, ...]:
     sizes: list[tuple[Any, ...]] = [tuple(value.size()) for value in trace.examples]
     axes = [[axis for axis, size in enumerate(found) if isinstance(size, torch.SymInt)] for found in sizes]
-    return tuple(dict.fromkeys(entries, Dim.DYNAMIC) or None for entries in axes)
+    return tuple(dict.fromkeys(entries, torch.export.Dim.DYNAMIC) or None for entries in axes)
 
 
 def compiled(exported: ExportedProgram, settings: Mapping[str, Any]) -> bytes:

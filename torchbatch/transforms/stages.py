@@ -172,7 +172,7 @@ class _Served:
         return (lambda: same() and all(module.training is mode for module, mode in modes)) if modes else same
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@guards.hidden_from_compile
 def _uncompiled(fun: _Served, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call it where ``torch.compile`` does not look."""
     return fun(*args, **kwargs)
