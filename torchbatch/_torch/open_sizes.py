@@ -10,6 +10,7 @@ in ``torch.fx.experimental.symbolic_shapes``: ``ShapeEnv`` with its attributes `
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,19 +18,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
+def _symbolic_shapes() -> Any:
+    return importlib.import_module("torch.fx.experimental.symbolic_shapes")
+
+
 def environment() -> Any:
     """Where what is found out about open sizes is written down."""
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    return ShapeEnv()
+    return _symbolic_shapes().ShapeEnv()
 
 
 def fake(mode: FakeTensorMode, value: torch.Tensor, open_axes: Sequence[int]) -> torch.Tensor:
     """A fake tensor whose sizes along some axes are left open."""
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
-
-    sizes = [DimDynamic.DUCK if axis in open_axes else DimDynamic.STATIC for axis in range(value.dim())]
-    return mode.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+    shapes = _symbolic_shapes()
+    sizes = [shapes.DimDynamic.DUCK if axis in open_axes else shapes.DimDynamic.STATIC for axis in range(value.dim())]
+    return mode.from_tensor(value, symbolic_context=shapes.StatelessSymbolicContext(dynamic_sizes=sizes))
 
 
 def _expression(size: Any) -> Any:
