@@ -197,3 +197,36 @@ def test_draws_that_nobody_reads_stay():
     with trace.mode:
         simplify(trace.graph.graph, True)
     assert any("rand" in name for name in targets(trace.graph)) and not any("sin" in name for name in targets(trace.graph))
+
+
+# Chains of views
+
+CHAINS = {
+    "there and back": (lambda x: x.view(2, 12).view(4, 6).cos(), 0),
+    "sizes of 1": (lambda x: x.unsqueeze(1).permute(1, 0, 2).view(4, 6).cos(), 0),
+    "to another shape": (lambda x: x.unsqueeze(0).transpose(0, 1).view(12, 2).cos(), 1),
+    "a transposition is said": (lambda x: x.t().contiguous().view(24).cos(), 3),
+    "reshape copies": (lambda x: x.t().reshape(24).view(2, 12).cos(), 3),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_of_views(name):
+    fun, left = CHAINS[name]
+    _, after = rewritten(fun, torch.arange(24.0).view(4, 6))
+    views = [name for name in after if name.startswith(("view", "permute", "transpose", "t.", "unsqueeze", "_unsafe", "clone"))]
+    assert len(views) <= left
+
+
+def test_results_that_become_one_are_copied():
+    def fun(x):
+        first = x.sin()
+        second = torch.empty_like(first)
+        second.copy_(first)
+        return first, second, first.view(-1)
+
+    rewritten(lambda x: fun(x)[:2], torch.rand(3))
+    first, second, view = torchbatch.jit(fun)(torch.rand(3))
+    before = first.clone()
+    first.add_(1)
+    assert torch.equal(view, first) and torch.equal(second, before)

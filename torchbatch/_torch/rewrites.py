@@ -17,13 +17,17 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from torchbatch._torch.constant_axes import products_with_constants
+from torchbatch._torch.convolutions import convolve_by_columns, pool_before_relu
 from torchbatch._torch.graphs import Trace, has_effect
+from torchbatch._torch.rewriting import add, operands, shape, value
 
 _aten = torch.ops.aten
 _MATMULS = (_aten.mm.default, _aten.bmm.default)
 _SAME_SHAPE_VIEWS = frozenset((_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.expand.default))
 _TRANSPOSITIONS = frozenset((_aten.permute.default, _aten.t.default, _aten.transpose.int))
 _VIEWS = _SAME_SHAPE_VIEWS | _TRANSPOSITIONS | {_aten.unsqueeze.default, _aten.squeeze.dims, _aten.squeeze.dim}
+_PURE_VIEWS = (_VIEWS | {_aten.squeeze.default}) - {_aten.reshape.default, _aten.expand.default}  # neither copies nor repeats
 # What is zero if its first argument is, and what is zero if any of its arguments is.
 _LINEAR = _VIEWS | {_aten.neg.default, _aten.mul.Scalar, _aten.div.Tensor, _aten.sum.dim_IntList, _aten.sum.default}
 _LINEAR |= {_aten.tanh_backward.default, _aten.sigmoid_backward.default, _aten.threshold_backward.default}
@@ -45,17 +49,20 @@ def simplify(graph: Graph, fixed_sizes: bool) -> None:
     Must be called under the fake mode of the values that its nodes carry. Where sizes are left open, what depends on two
     sizes being equal is not done.
     """
-    own = [not _is_input(node) for node in _results(graph)]
+    own = _own_memory(_results(graph))
     zeros: set[Node] = set()
-    by_size = (_drop_copy, _drop_zero(zeros), _drop_identity, _fold_shared) if fixed_sizes else ()
-    for rewrite in (*by_size, _transpose_operands):
+    by_size = (
+        _drop_copy, _drop_zero(zeros), _drop_views, _drop_identity, products_with_constants(), _fold_shared, convolve_by_columns
+    )  # fmt: skip
+    for rewrite in (*(by_size if fixed_sizes else ()), _transpose_operands):
         for node in list(graph.nodes):
             if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
                 with graph.inserting_before(node):
                     found = rewrite(graph, node)
                 if found is not None:
                     node.replace_all_uses_with(found)
-    _copy_inputs(graph, own)
+    pool_before_relu(graph)
+    _copy_shared(graph, own)
     graph.eliminate_dead_code(has_effect)
 
 
@@ -64,11 +71,11 @@ def _results(graph: Graph) -> list[Node]:
     return list(results)
 
 
-def _is_input(node: Node) -> bool:
-    """Whether a node is an input of the graph, or a view of one."""
+def _memory(node: Node) -> Node:
+    """The node whose memory a node shows: itself, if it is no view."""
     while node.op == "call_function" and _may_alias(node.target):
-        node = _operands(node)[0]
-    return node.op == "placeholder"
+        node = operands(node)[0]
+    return node
 
 
 def _may_alias(target: Any) -> bool:
@@ -78,63 +85,72 @@ def _may_alias(target: Any) -> bool:
     return any(result.alias_info is not None for result in target._schema.returns)
 
 
-def _copy_inputs(graph: Graph, own: Sequence[bool]) -> None:
-    """Copy those results that had a memory of their own before, and are inputs now."""
+def _own_memory(results: Sequence[Node]) -> list[bool]:
+    """For each result, whether all its numbers have a place of their own, apart from the inputs and the results before it."""
+    owners = [_memory(node) for node in results]
+    return [
+        owner.op != "placeholder" and owner not in owners[:i] and not _repeats(node)
+        for i, (node, owner) in enumerate(zip(results, owners, strict=True))
+    ]
+
+
+def _repeats(node: Node) -> bool:
+    """Whether several numbers of a tensor are in one place."""
+    found = value(node)
+    return any(stride == 0 and size != 1 for stride, size in zip(found.stride(), found.shape, strict=True))
+
+
+def _copy_shared(graph: Graph, own: Sequence[bool]) -> None:
+    """Copy those results that had a memory of their own before the rewriting, and share one now."""
     output, results = graph.output_node(), _results(graph)
+    shared = [had and not has for had, has in zip(own, _own_memory(results), strict=True)]
     with graph.inserting_before(output):
         copied = [
-            _add(graph, _aten.clone.default, node) if had and _is_input(node) else node
-            for node, had in zip(results, own, strict=True)
+            add(graph, _aten.clone.default, node, memory_format=torch.contiguous_format) if share else node
+            for node, share in zip(results, shared, strict=True)
         ]
     output.args = (copied,)
-
-
-def _value(node: Node) -> torch.Tensor:
-    value: torch.Tensor = node.meta["val"]
-    return value
-
-
-def _shape(node: Node) -> tuple[int, ...]:
-    return tuple(_value(node).shape)
-
-
-def _add(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
-    """A new operation, with the value that it has on fakes."""
-    made = graph.call_function(target, args, kwargs)
-    made.meta["val"] = target(*(_value(arg) if isinstance(arg, Node) else arg for arg in args), **kwargs)
-    return made
-
-
-def _operands(node: Node) -> list[Node]:
-    return [arg for arg in node.args if isinstance(arg, Node)]
 
 
 def _drop_copy(graph: Graph, node: Node) -> Node | None:
     """A copy, or a view, that changes neither shape nor dtype."""
     if node.target is _aten.copy.default:
-        source = _operands(node)[-1]
+        source = operands(node)[-1]
     elif node.target in _SAME_SHAPE_VIEWS:
-        source = _operands(node)[0]
+        source = operands(node)[0]
     else:
         return None
-    same = len(_operands(node)) == (2 if node.target is _aten.copy.default else 1) and _shape(source) == _shape(node)
-    return source if same and _value(source).dtype is _value(node).dtype else None
+    same = len(operands(node)) == (2 if node.target is _aten.copy.default else 1) and shape(source) == shape(node)
+    return source if same and value(source).dtype is value(node).dtype else None
+
+
+def _drop_views(graph: Graph, node: Node) -> Node | None:
+    """Views that lead from one contiguous tensor to another one: one view says it."""
+    if node.target not in _PURE_VIEWS or not value(node).is_contiguous():
+        return None
+    first, source = None, node
+    while source.target in _PURE_VIEWS:
+        source = operands(source)[0]
+        first = source if value(source).is_contiguous() else first
+    if first is None or first is operands(node)[0]:
+        return None
+    return first if shape(first) == shape(node) else add(graph, _aten.view.default, first, list(shape(node)))
 
 
 def _drop_zero(zeros: set[Node]) -> Callable[[Graph, Node], Node | None]:
     """Leave out tangents that are zero; ``zeros`` collects the nodes that are."""
 
     def rewrite(graph: Graph, node: Node) -> Node | None:
-        operands = _operands(node)
-        linear = node.target in _LINEAR and operands[0] in zeros
-        product = node.target in _PRODUCTS and any(operand in zeros for operand in operands)
+        given = operands(node)
+        linear = node.target in _LINEAR and given[0] in zeros
+        product = node.target in _PRODUCTS and any(operand in zeros for operand in given)
         if _is_zero_tangent(node) or linear or product:
             zeros.add(node)
-        elif node.target is _aten.add.Tensor and len(operands) == 2 and not node.kwargs:
-            rest = [operand for operand in operands if operand not in zeros]
+        elif node.target is _aten.add.Tensor and len(given) == 2 and not node.kwargs:
+            rest = [operand for operand in given if operand not in zeros]
             if not rest:
                 zeros.add(node)
-            elif len(rest) == 1 and _value(rest[0]).dtype is _value(node).dtype:
+            elif len(rest) == 1 and value(rest[0]).dtype is value(node).dtype:
                 return _as_wide(graph, rest[0], node)
         return None
 
@@ -145,30 +161,30 @@ def _is_zero_tangent(node: Node) -> bool:
     """``zeros([]).expand(…)``, as forward mode records it; a user's own zeros carry one more option."""
     if node.target is not _aten.expand.default:
         return False
-    source = _operands(node)[0]
+    source = operands(node)[0]
     return source.target is _aten.zeros.default and not source.args[0] and "pin_memory" not in source.kwargs
 
 
 def _as_wide(graph: Graph, source: Node, like: Node) -> Node:
-    return source if _shape(source) == _shape(like) else _add(graph, _aten.expand.default, source, list(_shape(like)))
+    return source if shape(source) == shape(like) else add(graph, _aten.expand.default, source, list(shape(like)))
 
 
 def _drop_identity(graph: Graph, node: Node) -> Node | None:
     """A product with the unit vectors that a Jacobian is computed from."""
     if node.target is not _aten.mm.default:
         return None
-    left, right = _operands(node)
+    left, right = operands(node)
     return left if _is_identity(right) else right if _is_identity(left) else None
 
 
 def _is_identity(node: Node) -> bool:
-    if node.target in (*_SAME_SHAPE_VIEWS, _aten.permute.default, _aten.t.default) and len(_shape(node)) == 2:
-        source = _operands(node)[0]
-        return _shape(source) == _shape(node) and _is_identity(source)
+    if node.target in (*_SAME_SHAPE_VIEWS, _aten.permute.default, _aten.t.default) and len(shape(node)) == 2:
+        source = operands(node)[0]
+        return shape(source) == shape(node) and _is_identity(source)
     if node.target is not _aten.diagonal_scatter.default or len(node.args) != 2:
         return False
-    rows, ones = _operands(node)
-    square = len(_shape(node)) == 2 and _shape(node)[0] == _shape(node)[1]
+    rows, ones = operands(node)
+    square = len(shape(node)) == 2 and shape(node)[0] == shape(node)[1]
     empty = rows.target in (_aten.new_zeros.default, _aten.zeros.default)
     return bool(square and empty and ones.target is _aten.fill.Scalar and ones.args[1] == 1)
 
@@ -177,27 +193,27 @@ def _fold_shared(graph: Graph, node: Node) -> Node | None:
     """One product in the place of a batch of products in which one operand is the same for all."""
     if node.target is not _aten.bmm.default:
         return None
-    left, right = _operands(node)
-    batch, rows, columns = _shape(node)
+    left, right = operands(node)
+    batch, rows, columns = shape(node)
     matrix = _shared(right)
     if matrix is not None:
-        flat = _add(graph, _aten.reshape.default, left, [batch * rows, _shape(left)[2]])
-        return _add(graph, _aten.view.default, _add(graph, _aten.mm.default, flat, matrix), [batch, rows, columns])
+        flat = add(graph, _aten.reshape.default, left, [batch * rows, shape(left)[2]])
+        return add(graph, _aten.view.default, add(graph, _aten.mm.default, flat, matrix), [batch, rows, columns])
     matrix = _shared(left)
     if matrix is None or columns != 1:
         return None
-    vectors = _add(graph, _aten.squeeze.dims, right, [2])
-    product = _add(graph, _aten.mm.default, vectors, _add(graph, _aten.permute.default, matrix, [1, 0]))
-    return _add(graph, _aten.unsqueeze.default, product, 2)
+    vectors = add(graph, _aten.squeeze.dims, right, [2])
+    product = add(graph, _aten.mm.default, vectors, add(graph, _aten.permute.default, matrix, [1, 0]))
+    return add(graph, _aten.unsqueeze.default, product, 2)
 
 
 def _shared(node: Node) -> Node | None:
     """The matrix that every entry of a batch of matrices is, if that can be seen."""
     while node.target in _SAME_SHAPE_VIEWS:
-        source = _operands(node)[0]
-        if node.target is _aten.expand.default and len(_shape(source)) == 2:
-            return source if _shape(source) == _shape(node)[1:] else None
-        if _shape(source) != _shape(node):
+        source = operands(node)[0]
+        if node.target is _aten.expand.default and len(shape(source)) == 2:
+            return source if shape(source) == shape(node)[1:] else None
+        if shape(source) != shape(node):
             return None
         node = source
     return None
@@ -208,19 +224,19 @@ def _transpose_operands(graph: Graph, node: Node) -> Node | None:
     product = _transposed(node)
     if product is None or product.target not in _MATMULS or len(product.users) != 1:
         return None
-    left, right = _operands(product)
+    left, right = operands(product)
     if _transposed(left) is None and _transposed(right) is None:
         return None
-    operands = [_transposed(operand) or _add(graph, _aten.transpose.int, operand, -2, -1) for operand in (right, left)]
-    return _add(graph, product.target, *operands)
+    swapped = [_transposed(operand) or add(graph, _aten.transpose.int, operand, -2, -1) for operand in (right, left)]
+    return add(graph, product.target, *swapped)
 
 
 def _transposed(node: Node) -> Node | None:
     """What a node transposes in its last two axes, if that is all it does."""
     if node.target not in _VIEWS:
         return None
-    source = _operands(node)[0]
-    rank = len(_shape(source))
+    source = operands(node)[0]
+    rank = len(shape(source))
     axes: Sequence[Any] = node.args[1:]
     if node.target is _aten.t.default:
         return source if rank == 2 else None
