@@ -10,6 +10,7 @@ from torchbatch.transforms.jit import jit
 from torchbatch.transforms.make_graph import make_graph
 from torchbatch.transforms.modules import stack_modules
 from torchbatch.transforms.stages import load
+from torchbatch.transforms.vectorize import vectorize
 from torchbatch.transforms.vmap import vmap
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "stop_gradient",
     "tree",
     "value_and_grad",
+    "vectorize",
     "vjp",
     "vmap",
 ]

@@ -8,7 +8,8 @@ This module takes two seconds to import, so it is imported with the first compil
 Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._inductor.compile_fx.compile_fx``, ``compile_fx_inner``;
 ``torch._inductor.config``, ``list_mode_options``, ``list_options``; ``torch._inductor.decomposition.select_decomp_table``;
 ``torch._inductor.exc.InvalidCxxCompiler``; ``torch._functorch.partitioners.min_cut_rematerialization_partition``;
-``torch._functorch.config``; ``torch._guards.TracingContext``, ``tracing``; the attributes
+``torch._functorch.config``; ``torch._guards.TracingContext``, ``tracing``;
+``torch.fx.experimental.symbolic_shapes.ShapeEnv``, ``FakeTensorMode.shape_env``; the attributes
 ``SymInt.node.expr``, ``current_callable`` and ``source_code`` of a compiled graph.
 """
 
@@ -29,6 +30,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from torchbatch._torch.graphs import Trace
 from torchbatch.errors import AxisSpecError, CompilerError
@@ -76,6 +78,8 @@ def compile_graph(module: GraphModule, examples: Sequence[torch.Tensor], trace: 
         made.append(compile_fx_inner(graph, inputs, **kwargs))
         return made[-1]
 
+    if trace.mode.shape_env is None:
+        trace.mode.shape_env = ShapeEnv()  # there are no open sizes, but without it the cache on disk is not used
     own = GraphModule(module, copy.deepcopy(module.graph))  # the compiler changes what it is given
     places = _open_sizes(examples)
     sizes = _take_sizes(own, places, examples)
