@@ -44,6 +44,7 @@ class Work(NamedTuple):
     calls: dict[str, Call]
     asked: Mapping[str, float]
     tolerance: float = 1e-5
+    filling: Call | None = None  # writes as many numbers as the result has, and computes nothing
 
 
 def contenders(ours: Function, theirs: Function, in_jax: Function, by_hand: Function, args: tuple[Any, ...]) -> dict[str, Call]:
@@ -116,6 +117,8 @@ def timed(work: Work, options: argparse.Namespace) -> Timed:
         left_out["loop"] = f"takes {first['loop']:.1f} s"
     calls = {name: work.calls[name] for name in ORDER if name in work.calls and name not in left_out}
     side_by_side.check(work.name, list(calls.values()), rtol=work.tolerance, atol=work.tolerance)
+    if work.filling is not None:
+        calls["filling"] = work.filling
     found = side_by_side.rounds(list(calls.values()), options.repeats, options.device)
     return Timed(work, dict(zip(calls, found, strict=True)), first, left_out)
 
@@ -152,6 +155,8 @@ def show(found: Timed) -> None:
     print(f"{'  jit / other':32}" + "".join(_cell(found, name, lambda name: f"{found.ratio(name):.2f}") for name in ORDER))
     print(f"{'  asked: at most':32}" + "".join(_cell(found, name, lambda name: _verdict(found, name)) for name in ORDER))
     print(f"{'  first call':32}" + "".join(_cell(found, name, lambda name: duration(found.first[name])) for name in ORDER))
+    if "filling" in found.rounds:
+        print(f"  to write as many numbers, and nothing else: {duration(found.seconds('filling'))}")
     for name, reason in found.left_out.items():
         print(f"  {name} is left out: {reason}")
     print(flush=True)

@@ -43,7 +43,12 @@ def work(kind: str, batch: int, device: str) -> Work:
         by_hand.FORMS[kind],
         (p, x, y),
     )
-    return Work(f"{NAMES[kind]}, batch {batch}", calls | {"loop": lambda: _loop(loss, p, x, y)}, ASKED, 1e-3)
+    calls["loop"] = lambda: _loop(loss, p, x, y)
+    return Work(f"{NAMES[kind]}, batch {batch}", calls, ASKED, 1e-3, lambda: _filled(p, batch))
+
+
+def _filled(p: models.Params, batch: int) -> list[torch.Tensor]:
+    return [value.new_full((batch, *value.shape), 1.0) for value in p.values()]
 
 
 def _loop(loss: Any, p: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> Any:
