@@ -19,7 +19,7 @@ def bound(*args, nums=None, names=None, **kwargs):
 
 
 def test_leaves_are_tensors_in_the_order_of_the_tree():
-    call = bound({"b": X, "a": [2, 1.5]}, X * 2, True, 1j)
+    call = bound({"a": [2, 1.5], "b": X}, X * 2, True, 1j)
     assert all(type(value) is torch.Tensor for value in call.values)
     assert [value.dtype for value in call.values] == [
         torch.int64, torch.float64, torch.float32, torch.float32, torch.bool, torch.complex128
@@ -142,3 +142,11 @@ def test_split():
         (X, X), {"z": 2}, ((0, str, "a"), (2, str, "c"), ("flag", int, 1))
     )  # fmt: skip
     assert static.split(("a",), {"x": 1, "n": 2}) == ((), {"x": 1}, ((0, str, "a"), ("n", int, 2)))
+
+
+def test_the_keys_of_dictionaries_stay_in_order():
+    call = bound({"b": X, "a": X * 2}, y=X)
+    assert call.names() == ["params['b']", "params['a']", "y"]
+    assert torch.equal(call.values[0], X) and torch.equal(call.values[1], X * 2)
+    (found,), _ = call.arguments("123")
+    assert list(found.items()) == [("b", "1"), ("a", "2")]

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchbatch
 from torchbatch import grad, jit, lax, vmap
-from torchbatch.errors import AxisSpecError
+from torchbatch.errors import AxisSpecError, InputTypeError
 
 replayed = functools.partial(jit, backend="eager")
 X = torch.tensor([1.0, 2.0, 3.0])
@@ -97,11 +97,38 @@ def test_another_kind_of_argument_is_traced_anew(change):
         assert len(runs) == min(count + 1, 2)
 
 
-def test_both_kinds_of_dict_order_are_one():
-    fun, runs = counted(lambda p: p["a"] - p["b"])
+def test_the_order_of_keys_is_part_of_the_kind_of_call():
+    fun, runs = counted(lambda p: [value - 1 for value in p.values()])
     jitted = replayed(fun)
-    assert torch.equal(jitted({"a": X, "b": 2 * X}), jitted({"b": 2 * X, "a": X}))
+    for _ in range(2):
+        for params in ({"a": X, "b": 2 * X}, {"b": 2 * X, "a": X}):
+            assert all(map(torch.equal, jitted(params), fun(params)))
+    assert len(runs) == 2 + 4  # four calls without jit
+
+
+def test_the_order_of_nested_keys_and_of_returned_ones():
+    def update(trees, gradients):
+        params = trees[0]["p"]
+        return {key: value - gradient for (key, value), gradient in zip(params.items(), gradients, strict=True)}
+
+    jitted = replayed(update)
+    for params in ({"a": X, "b": X + 1}, {"b": X, "a": X + 1}):
+        found, expected = jitted([{"p": params}], [X, 2 * X]), update([{"p": params}], [X, 2 * X])
+        assert list(found) == list(expected) and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_the_order_of_keyword_arguments_says_nothing():
+    fun, runs = counted(lambda a, b: a - b)
+    jitted = replayed(fun)
+    assert torch.equal(jitted(a=X, b=2 * X), jitted(b=2 * X, a=X))
     assert len(runs) == 1
+
+
+def test_a_compiled_function_refuses_another_order_of_keys():
+    compiled = replayed(lambda p: next(iter(p.values())) * 1).lower({"a": X, "b": 2 * X}).compile()
+    assert torch.equal(compiled({"a": X, "b": 2 * X}), X)
+    with pytest.raises(InputTypeError, match=r"another kind of call: .*'a': .*, 'b': .* -> .*'b': .*, 'a'"):
+        compiled({"b": 2 * X, "a": X})
 
 
 @pytest.mark.parametrize(

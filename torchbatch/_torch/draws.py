@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._functorch import pyfunctorch
 
-from torchbatch._torch import levels, overlay
+from torchbatch._torch import levels, overlay, seeding
 from torchbatch.errors import RandomnessError
 
 
@@ -38,6 +38,7 @@ class GeneratorState:
         torch.set_rng_state(self._states[0])
         for device, state in zip(self._devices, self._states[1:], strict=True):
             torch.cuda.set_rng_state(state, device)
+        seeding.set_back()
 
     def save(self) -> None:
         """Save the state that the generators have now instead."""

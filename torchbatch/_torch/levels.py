@@ -73,3 +73,8 @@ def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     if first.layout is not torch.strided or second.layout is not torch.strided:
         return False
     return _is_alias_of(first, second)
+
+
+def is_view(value: Any) -> bool:
+    """Whether a value is a tensor that shows the memory of another one."""
+    return isinstance(value, torch.Tensor) and value._is_view()

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from torchbatch._torch import draws
+from torchbatch._torch import draws, graphs
 from torchbatch.core import batch
 from torchbatch.core.axes import Mapped
 from torchbatch.core.frames import Part
 from torchbatch.core.outputs import OutAxes
+from torchbatch.errors import RandomnessError
 
 
 def run(
@@ -29,7 +30,15 @@ def run(
 
     Every chunk begins with the state that the random generators had at first. Under ``randomness="same"`` it so draws what
     every other chunk drew; under ``"different"`` a draw is made for all samples, of which the chunk takes its own.
+
+    Raises:
+        RandomnessError: the function may draw, and is traced: the state of a generator cannot be set back in a graph.
     """
+    if randomness != "error" and graphs.is_traced_by_jit():
+        raise RandomnessError(
+            f"vmap: chunk_size={chunk_size} does not go with randomness={randomness!r} in a function that jit traces: what one "
+            f"chunk draws cannot be drawn again for the next one. Leave chunk_size out, or draw outside of vmap."
+        )
     writes = writes or randomness != "error"  # the operators that draw are told apart by the same key
     state = draws.GeneratorState(mapped.values) if randomness != "error" else None
     chunks: list[list[Any]] = []

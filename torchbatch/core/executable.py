@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from torchbatch._torch import graphs, guards, levels
+from torchbatch._torch import graphs, guards, levels, samplewise
 from torchbatch._torch.graphs import Trace
 from torchbatch._torch.rewrites import simplified
 from torchbatch.core import compile_log
@@ -90,8 +90,9 @@ class Executable:
             self._forward = self._build(forward, trace.examples[: len(trace.examples) - len(trace.differentiable)])
             self.run: Run = self._run_differentiable
         else:
-            self._forward = self._build(graphs.written_in_place(trace), trace.examples)
-            self.run = self._run_writing if trace.mutated else self._plain_run(program)
+            crossing = graphs.writes_cross(trace)
+            self._forward = self._build(trace.graph if crossing else graphs.written_in_place(trace), trace.examples)
+            self.run = self._plain_run(program) if not trace.mutated else self._run_copying if crossing else self._run_writing
 
     def surroundings_same(self) -> bool:
         """Whether the captured tensors and the modes of modules are such as they were when the function was traced."""
@@ -128,6 +129,17 @@ class Executable:
         torch.autograd.graph.increment_version(written)
         return results
 
+    def _run_copying(self, values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The graph only returns the new values: written one by one, the first would be read where the old one is meant."""
+        inputs = [*values, *self.captured]
+        written = [inputs[i] for i in self._mutated]
+        check_apart(written, inputs)
+        with torch.no_grad():
+            results = self._forward([*inputs])
+            for value, new in zip(written, results[self.trace.outputs :], strict=True):
+                value.copy_(new)
+        return results[: self.trace.outputs]
+
     def _run_differentiable(self, values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         inputs = [*values, *self.captured]
         check_apart([inputs[i] for i in self._mutated], inputs)
@@ -143,7 +155,8 @@ class Executable:
         results = self._forward(list(inputs))
         count = self.trace.outputs + len(self.trace.mutated)
         written = {id(inputs[i]) for i in self._mutated}  # what the backward pass needs of them is their old value
-        plain = {id(value): value.data for value in results if isinstance(value, torch.Tensor) and value._is_view()}
+        given = {id(value) for value in inputs}
+        plain = {id(value): value.data for value in results if id(value) not in given and levels.is_view(value)}
         outputs = [plain.get(id(value), value) for value in results[:count]]
         saved = [value.clone() if id(value) in written else plain.get(id(value), value) for value in results[count:]]
         return outputs, saved
@@ -177,8 +190,10 @@ class _Differentiable(torch.autograd.Function):
         link, *saved = ctx.saved_tensors
         with torch.no_grad():
             given = [tangents[i].contiguous() for i in trace.differentiable]
-            found = executable.backward([*ctx.sizes, *saved, *given])
+            found = samplewise.run(executable.backward, [*ctx.sizes, *saved, *given])
         if torch.is_grad_enabled():
+            if samplewise.is_batching():
+                raise _differentiated_twice()
             found = _once(len(found), link, *tangents[:-1], *found)
         gradients: list[Any] = [None] * (len(trace.examples) - len(trace.differentiable) + 1)
         for position, value in zip(trace.wanted, found, strict=True):

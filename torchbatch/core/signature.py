@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from torchbatch._torch import guards
+from torchbatch._torch.captured import is_plain_class
 from torchbatch.core import argnums, tree
 from torchbatch.core.describe import describe, function_name, shown
 from torchbatch.core.weak import WIDEST, as_weak
@@ -28,6 +29,7 @@ class Call(NamedTuple):
     numbers: tuple[int, ...]  # which of them were Python numbers
     structure: tree.TreeDef  # of (positional arguments, keyword arguments) without the static ones
     statics: Statics
+    copied: tuple[int, ...] = ()  # which values are copies, so that the caller would not see what is written into them
 
     def arguments(self, values: Iterable[torch.Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """The arguments with other values for the tensors."""
@@ -47,7 +49,7 @@ class Call(NamedTuple):
         static = {where for where, _, _ in self.statics}
         roots = {argnums.argument_name(self.fun, i): value for i, value in enumerate(positional) if i not in static}
         roots |= {name: keywords[name] for name in sorted(keywords) if name not in static}
-        return argnums.leaf_names(list(roots), list(roots.values()))
+        return [path for root, value in roots.items() for path in tree.paths_in_order(value, root)]
 
     def owners(self) -> list[int | str]:
         """For each leaf the position or the name of the argument that it belongs to."""
@@ -164,6 +166,11 @@ class StaticArguments:
                 f"is a constant of the trace, and is compared by value: leave a tensor out of static_argnums and "
                 f"static_argnames."
             )
+        if any(isinstance(entry, torch.Tensor) for entry in _entries(value)):
+            raise StaticArgumentError(
+                f"jit: the static argument {_static_name(self.fun, place)} holds a tensor: {shown(value)}. A static argument is "
+                f"a constant of the trace, and is compared by value. Pass the tensor as an argument of its own."
+            )
         try:
             hash(value)
         except TypeError:
@@ -182,6 +189,11 @@ def _classes(value: Any) -> Hashable:
     return (found, *map(_classes, value)) if isinstance(value, tuple) else found
 
 
+def _entries(value: Any) -> Iterable[Any]:
+    """A value, or what a tuple is made of."""
+    return itertools.chain.from_iterable(map(_entries, value)) if isinstance(value, tuple) else (value,)
+
+
 def _parameters(fun: Callable[..., Any]) -> dict[str, Any]:
     try:
         return {parameter.name: parameter.kind for parameter in inspect.signature(fun).parameters.values()}
@@ -197,7 +209,7 @@ def _as_tuple(value: Any, kind: type, option: str) -> tuple[Any, ...]:
         found = tuple([operator.index(entry) if kind is int else entry for entry in entries])
     except TypeError:
         found = (None,)
-    if not all(isinstance(entry, kind) for entry in found):
+    if not all(isinstance(entry, kind) for entry in found) or bool in (type(value), *map(type, entries)):
         noun = "ints" if kind is int else "names"
         raise StaticArgumentError(f"jit: {option} must be one or several {noun}, but it is {shown(value)}.")
     return found
@@ -207,6 +219,13 @@ def _static_name(fun: Callable[..., Any], place: int | str) -> str:
     return argnums.argument_name(fun, place) if isinstance(place, int) else place
 
 
+def flat_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], tree.TreeDef]:
+    """The leaves of all arguments, and their structure; the order of keyword arguments says nothing."""
+    if len(kwargs) > 1:
+        kwargs = dict(sorted(kwargs.items()))
+    return tree.flatten_in_order((tuple(args), kwargs))
+
+
 def bind(
     fun: Callable[..., Any],
     static: StaticArguments,
@@ -214,7 +233,7 @@ def bind(
     kwargs: Mapping[str, Any],
     flat: tuple[list[Any], tree.TreeDef] | None = None,
 ) -> Call:
-    """The arguments of a call, taken apart; ``flat`` is ``tree.flatten((args, kwargs))``, if that is known already.
+    """The arguments of a call, taken apart; ``flat`` is :func:`flat_arguments` of them, if that is known already.
 
     Raises:
         StaticArgumentError: an argument is neither an array nor static, or static and not hashable.
@@ -225,28 +244,36 @@ def bind(
         leaves, structure = flat
     else:
         positional, keywords, statics = static.split(args, kwargs)
-        leaves, structure = tree.flatten((positional, keywords))
-    numbers = tuple([i for i, leaf in enumerate(leaves) if type(leaf) in WIDEST])
+        leaves, structure = flat_arguments(positional, keywords)
+    numbers = tuple([i for i, leaf in enumerate(leaves) if type(leaf) in _NUMBERS])
     call = Call(fun, leaves, numbers, structure, statics)
+    copied: list[int] = []
     for i, leaf in enumerate(leaves):
         if type(leaf) is not torch.Tensor:
-            leaf = leaves[i] = _as_tensor(leaf, call, i)
+            leaf = leaves[i] = _as_tensor(leaf, call, i, copied)
         elif leaf.layout is not torch.strided or leaf.is_nested or leaf.is_quantized:
             _check_plain(leaf, call, i)
         if leaf.is_conj() or leaf.is_neg():
             leaves[i] = leaf.resolve_conj().resolve_neg()
-    return call
+            copied.append(i)
+    return call._replace(copied=tuple(copied)) if copied else call
 
 
-def _as_tensor(leaf: Any, call: Call, index: int) -> torch.Tensor:
-    if type(leaf) in WIDEST:
-        return _as_weak(leaf, call, index)
+_NUMBERS = (*WIDEST, np.float64, np.complex128)  # the last two are Python numbers too, and PyTorch takes them for such
+
+
+def _as_tensor(leaf: Any, call: Call, index: int, copied: list[int]) -> torch.Tensor:
+    if type(leaf) in _NUMBERS:
+        return _as_weak(leaf.item() if isinstance(leaf, np.generic) else leaf, call, index)
     if isinstance(leaf, torch.Tensor):
         _check_plain(leaf, call, index)
         return leaf
     if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufc":
         native = np.asarray(leaf, dtype=leaf.dtype.newbyteorder("="))
-        return torch.as_tensor(native if all(stride >= 0 for stride in native.strides) else native.copy())
+        native = native if all(stride >= 0 for stride in native.strides) else native.copy()
+        if isinstance(leaf, np.ndarray) and native is not leaf:
+            copied.append(index)
+        return torch.as_tensor(native)
     name = call.names()[index]
     owner = call.owners()[index]
     option = f"static_argnums={owner}" if isinstance(owner, int) else f"static_argnames={owner!r}"
@@ -268,24 +295,12 @@ def _as_weak(number: Any, call: Call, index: int) -> torch.Tensor:
 
 def _check_plain(leaf: torch.Tensor, call: Call, index: int) -> None:
     dense = leaf.layout is torch.strided and not leaf.is_nested and not leaf.is_quantized
-    if dense and _is_plain_class(type(leaf)):
+    if dense and is_plain_class(type(leaf)):
         return
     odd = "nested tensor" if leaf.is_nested else "quantized tensor" if leaf.is_quantized else "sparse tensor"
     kind = type(leaf).__name__ if dense else odd
     raise UnsupportedOperationError(
         f"jit: argument {call.names()[index]} of {function_name(call.fun)} is a {kind}; jit takes plain dense tensors. Pass "
-        f"the tensors it is made of, and build it inside the function."
+        f"the tensors it is made of (x.as_subclass(torch.Tensor) of a class without data of its own), and build it inside "
+        f"the function."
     )
-
-
-def _is_plain_class(kind: type[torch.Tensor]) -> bool:
-    """Whether a class of tensors changes no operation."""
-    if kind in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        return True
-    return (
-        kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-        and getattr(kind.__torch_function__, "__func__", kind.__torch_function__) is _TORCH_FUNCTION
-    )
-
-
-_TORCH_FUNCTION = torch.Tensor.__torch_function__.__func__  # type: ignore[attr-defined]

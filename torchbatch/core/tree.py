@@ -17,6 +17,9 @@ from torchbatch._torch import registry
 from torchbatch.errors import AxisError
 
 NAMESPACE = "torchbatch"
+_IN_ORDER = "torchbatch.in_order"  # here dictionaries with another order of keys are other trees
+_keep_order = optree.dict_insertion_ordered(True, namespace=_IN_ORDER)
+_keep_order.__enter__()  # for good
 TreeDef = optree.PyTreeSpec
 
 _BUILT_IN = frozenset({tuple, list, dict, OrderedDict, defaultdict, deque, type(None)})
@@ -44,7 +47,8 @@ def sync_registry() -> None:
         mark, known = registry.mark(), registry.registered_types()
         for cls, registration in list(_mirrored.items()):
             if known.get(cls) is not registration:
-                optree.unregister_pytree_node(cls, namespace=NAMESPACE)
+                for namespace in (NAMESPACE, _IN_ORDER):
+                    optree.unregister_pytree_node(cls, namespace=namespace)
                 del _mirrored[cls]
         for cls, registration in known.items():
             if cls not in _mirrored and not _is_built_in(cls):
@@ -64,13 +68,8 @@ def is_node_type(cls: type) -> bool:
 
 
 def _mirror(node: registry.Node) -> None:
-    optree.register_pytree_node(
-        node.cls,
-        node.flatten,
-        node.unflatten,
-        path_entry_type=KeyEntry,
-        namespace=NAMESPACE,
-    )
+    for namespace in (NAMESPACE, _IN_ORDER):
+        optree.register_pytree_node(node.cls, node.flatten, node.unflatten, path_entry_type=KeyEntry, namespace=namespace)
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], TreeDef]:
@@ -78,6 +77,13 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[li
     if registry.mark() != _seen:
         sync_registry()
     return optree.tree_flatten(tree, is_leaf, namespace=NAMESPACE)
+
+
+def flatten_in_order(tree: Any) -> tuple[list[Any], TreeDef]:
+    """As :func:`flatten`, but with the keys of dictionaries in their order, and in another order they are another structure."""
+    if registry.mark() != _seen:
+        sync_registry()
+    return optree.tree_flatten(tree, namespace=_IN_ORDER)
 
 
 def flatten_with_path(
@@ -96,6 +102,12 @@ def unflatten(structure: TreeDef, leaves: Iterable[Any]) -> Any:
 def paths(tree: Any, root: str = "") -> list[str]:
     """One Python expression per leaf, such as ``batch['y'][0].mean``, that begins with ``root``."""
     return [path.codify(root) for path in flatten_with_path(tree)[0]]
+
+
+def paths_in_order(tree: Any, root: str = "") -> list[str]:
+    """The same for the leaves of :func:`flatten_in_order`."""
+    flatten(None)
+    return [path.codify(root) for path in optree.tree_accessors(tree, namespace=_IN_ORDER)]
 
 
 def replace_none(tree: Any, value: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from torchbatch._torch import graphs
 from torchbatch.core import argnums as positional
 from torchbatch.core.recompute import Segment
 from torchbatch.core.wrapper import Wrapper
@@ -39,8 +40,8 @@ def checkpoint(
             only checked.
 
     Returns:
-        A function like ``fun``. When ``torch.compile`` traces it, it is ``fun`` itself: the compiler decides what to
-        recompute.
+        A function like ``fun``. When ``torch.compile`` or :func:`jit` traces it, it is ``fun`` itself: the compiler decides
+        what to recompute.
 
     Raises:
         GradientTypeError: ``fun`` is not a function, ``static_argnums`` holds no ints.
@@ -82,6 +83,6 @@ class Checkpointed(Wrapper):
         """The output of the function."""
         if self.static_argnums != ():
             positional.resolve(self.static_argnums, len(args), "checkpoint", GradientValueError, "static_argnums")
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or graphs.is_traced_by_jit():
             return self.fun(*args, **kwargs)
         return Segment(self.fun, args, kwargs).run()
