@@ -11,7 +11,7 @@ release = version = torchbatch.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "speed_tables.md"]
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(jax|optree|torch)\..*")]  # documented elsewhere
 

@@ -18,6 +18,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from torchbatch._torch.constant_axes import products_with_constants
+from torchbatch._torch.contractions import contract
 from torchbatch._torch.convolutions import convolve_by_columns, pool_before_relu
 from torchbatch._torch.graphs import Trace, has_effect
 from torchbatch._torch.rewriting import add, operands, shape, value
@@ -52,7 +53,8 @@ def simplify(graph: Graph, fixed_sizes: bool) -> None:
     own = _own_memory(_results(graph))
     zeros: set[Node] = set()
     by_size = (
-        _drop_copy, _drop_zero(zeros), _drop_views, _drop_identity, products_with_constants(), _fold_shared, convolve_by_columns
+        _drop_copy, _drop_zero(zeros), _drop_views, _drop_identity, products_with_constants(), contract, _fold_shared,
+        convolve_by_columns,
     )  # fmt: skip
     for rewrite in (*(by_size if fixed_sizes else ()), _transpose_operands):
         for node in list(graph.nodes):
