@@ -192,7 +192,9 @@ DRAWS = {
 
 @BOTH
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_draws_are_those_of_eager_in_any_layout(layout, backend):
+def test_draws_are_those_of_eager_in_any_layout(layout, backend, request):
+    if backend == "inductor" and torch.__version__ < "2.12":
+        request.applymarker(pytest.mark.xfail(reason="Inductor 2.11 draws in another order of memory", strict=True))
     x = LAYOUTS[layout]
     fun = lambda x: [draw(x) for draw in DRAWS.values()]  # noqa: E731
     torch.manual_seed(0)
