@@ -1,8 +1,10 @@
 """torchbatch: JAX's ``vmap`` for PyTorch."""
 
-from torchbatch import errors, lax, tree
+from torchbatch import errors, lax, random, tree
 from torchbatch._torch.fallback import fallback
 from torchbatch.transforms.checkpoint import checkpoint
+from torchbatch.transforms.custom_derivatives import custom_jvp, custom_vjp
+from torchbatch.transforms.custom_vmap import custom_vmap, sequential_vmap
 from torchbatch.transforms.eval_shape import ShapeDtypeStruct, eval_shape
 from torchbatch.transforms.grad import grad, jvp, linearize, stop_gradient, value_and_grad, vjp
 from torchbatch.transforms.jacobian import hessian, jacfwd, jacrev
@@ -17,6 +19,9 @@ __version__ = "0.1.0"
 __all__ = [
     "ShapeDtypeStruct",
     "checkpoint",
+    "custom_jvp",
+    "custom_vjp",
+    "custom_vmap",
     "errors",
     "eval_shape",
     "fallback",
@@ -30,6 +35,8 @@ __all__ = [
     "linearize",
     "load",
     "make_graph",
+    "random",
+    "sequential_vmap",
     "stack_modules",
     "stop_gradient",
     "tree",

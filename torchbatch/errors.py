@@ -114,7 +114,7 @@ class CompilerError(TorchbatchError, RuntimeError):
 
 
 class LeakedTracerError(TorchbatchError, ValueError, RuntimeError):
-    """A value from inside a function that was traced was used after the trace."""
+    """A value from inside a function that was traced was used after the trace, or kept by a module."""
 
 
 class RetraceWarning(UserWarning):

@@ -143,11 +143,32 @@ def test_state_is_compared_quickly_where_it_was_another(name):
     assert not same()
 
 
-def test_under_a_default_device_nothing_is_recognised_quickly():
+def test_the_default_device_is_part_of_the_state():
     with torch.device("cpu"):
         same = guards.state_like_now()
-        assert not same()
+        assert same()
+        with torch.device("meta"):
+            assert not same()
     assert not same()
+    with torch.device("cpu"):
+        assert same()
+    with torch.device("meta"):
+        assert not same()
+
+
+def test_under_another_mode_nothing_is_recognised_quickly():
+    class Passing(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    with torch.device("cpu"), Passing():
+        same = guards.state_like_now()
+        assert not same()
+    with torch.device("cpu"):
+        assert not same()
+        outer = guards.state_like_now()
+        with Passing():
+            assert not outer()
 
 
 def test_forward_mode_is_another_state():

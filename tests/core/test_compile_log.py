@@ -48,7 +48,7 @@ REASONS = {
     "another argument": (lambda f: f(PARAMS, X, 2), "argument scale: absent -> Python int"),
     "a static argument": (lambda f: f(PARAMS, X, how="mean"), "static argument how: absent -> 'mean'"),
     "the structure": (lambda f: f({"w": X, "b": X}, X), f"argument params['b']: absent -> {KIND}"),
-    "by name": (lambda f: f(params=PARAMS, x=X), "the structure of the arguments or a captured tensor changed"),
+    "by name": (lambda f: f(params=PARAMS, x=X), "the structure of the arguments: ({'w': *}, *) -> (params={'w': *}, x=*)"),
     "autocast": (lambda f: autocast(f), "autocast: () -> (('cpu', 'torch.bfloat16'),)"),
 }
 
@@ -78,16 +78,70 @@ def test_the_log_says_why(reason, caplog):
     ]
 
 
+def test_the_log_says_that_a_container_is_of_another_kind(caplog):
+    jitted = replayed(lambda x: x[0])
+    jitted([X])
+    with caplog.at_level(logging.INFO, "torchbatch.jit"):
+        jitted((X,))
+    assert lines(caplog)[0] == "tracing <lambda> again (kind of call no. 2): the structure of the arguments: ([*]) -> ((*,))"
+
+
 def test_the_nearest_known_call_is_compared():
-    known = [{"a": "1", "b": "1"}, {"a": "2", "b": "1"}, {"a": "3", "b": "3"}]
-    assert compile_log.difference(known, {"a": "2", "b": "5"}) == "b: 1 -> 5"
-    assert compile_log.difference(known, {"a": "3", "b": "3", "c": "1"}) == "c: absent -> 1"
-    assert compile_log.difference(known, {"a": "1"}) == "b: 1 -> absent"
-    assert compile_log.difference([], {"a": "1"}) == ""
+    known = [{"a": "1", "b": "1"}, {"a": "2", "b": "1"}, {"a": "3 -> 4", "b": "3"}]
+    assert nearest(known, {"a": "2", "b": "5"}) == "b: 1 -> 5"
+    assert nearest(known, {"a": "3 -> 4", "b": "3", "c": "1"}) == "c: absent -> 1"
+    assert nearest(known, {"a": "1"}) == "b: 1 -> absent"
+    assert nearest([], {"a": "1"}) == ""
+
+
+def nearest(known, new):
+    return compile_log.nearest([compile_log.Difference.between(old, new) for old in known])
+
+
+def test_of_many_changes_the_first_are_named():
+    old, new = ({str(i): value for i in range(9)} for value in "ab")
+    assert nearest([old], new) == "0: a -> b; 1: a -> b; 2: a -> b; 3: a -> b; 4: a -> b; and 4 more"
 
 
 def test_of_two_that_are_as_near_the_last_is_named():
-    assert compile_log.difference([{"a": "1"}, {"a": "2"}], {"a": "3"}) == "a: 2 -> 3"
+    assert nearest([{"a": "1"}, {"a": "2"}], {"a": "3"}) == "a: 2 -> 3"
+
+
+def change_mode(model):
+    model.train(not model.training)
+
+
+def change_weight(model):
+    model[0].weight = torch.nn.Parameter(torch.ones(100, 100))
+
+
+def take_bias_away(model):
+    model[0].bias = None
+
+
+def put_another_in(model):
+    model[1] = torch.nn.Identity()
+
+
+OF_MODULES = {
+    change_mode: "module Sequential: training -> evaluation; module Sequential.0: training -> evaluation; module Sequential.1: "
+    "training -> evaluation",
+    change_weight: "weight of module Sequential.0: float32[100,100] -> another float32[100,100]",
+    take_bias_away: "bias of module Sequential.0: float32[100] -> None",
+    put_another_in: "1 of module Sequential: Dropout -> Identity",
+    lambda model: model[0].bias.requires_grad_(False): "captured tensor no. 2: float32[100] requires_grad -> float32[100]",
+}
+
+
+@pytest.mark.parametrize("change", OF_MODULES)
+def test_the_log_says_what_changed_outside(change, caplog):
+    model = torch.nn.Sequential(torch.nn.Linear(100, 100), torch.nn.Dropout())
+    jitted = replayed(model)
+    jitted(X)
+    with caplog.at_level(logging.INFO, "torchbatch.jit"):
+        change(model)
+        jitted(X)
+    assert lines(caplog)[0] == f"tracing Sequential again (kind of call no. 2): {OF_MODULES[change]}"
 
 
 def test_the_backward_pass_is_compiled_when_it_is_needed(caplog):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
+import types
 from operator import iadd
 
 import numpy as np
@@ -334,6 +336,27 @@ def test_an_inherited_template_method_may_call_anything():
 
     loader = Loader()
     assert may_write(loader.__add__)
+
+
+HOOKS = {
+    "forward": (nn.Module.register_forward_hook, nn.modules.module.register_module_forward_hook),
+    "forward_pre": (nn.Module.register_forward_pre_hook, nn.modules.module.register_module_forward_pre_hook),
+    "backward": (nn.Module.register_full_backward_hook, nn.modules.module.register_module_full_backward_hook),
+    "backward_pre": (nn.Module.register_full_backward_pre_hook, nn.modules.module.register_module_full_backward_pre_hook),
+}
+
+
+@FOLLOWED
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_of_every_kind(kind):
+    of_one, of_all = HOOKS[kind]
+    module = nn.Linear(2, 2)
+    assert not may_write(module)
+    with contextlib.closing(types.SimpleNamespace(close=of_all(lambda *args: writer(args[-1])).remove)):
+        assert may_write(module)
+    assert not may_write(module)
+    of_one(module, lambda *args: writer(args[-1]))
+    assert may_write(module)
 
 
 @FOLLOWED

@@ -268,7 +268,7 @@ MEMORY = (
     "The memory of a tensor is asked for (.numpy(), NumPy functions, pickle, .data_ptr()), but {0} is being traced, and there "
     "are no numbers yet. Use torch operations inside the function, and convert its result."
 )
-IN_MEMORY = [numpy, a_numpy_function, an_array, a_product_with_an_array, a_pointer, a_tensor_of_tensors, as_a_tensor, a_storage]
+IN_MEMORY = [numpy, a_numpy_function, an_array, a_product_with_an_array, a_pointer, a_storage]
 
 
 @pytest.mark.parametrize("fun", [*IN_MEMORY, saved])
@@ -276,6 +276,17 @@ def test_the_memory_is_asked_for(fun):
     with pytest.raises(DataDependentError) as raised:
         replayed(fun)(X)
     assert str(raised.value) == MEMORY.format(fun.__name__) + line_of(fun)
+
+
+@pytest.mark.parametrize("fun, call", [(a_tensor_of_tensors, "torch.tensor"), (as_a_tensor, "torch.as_tensor")])
+def test_a_tensor_is_made_of_a_list_of_tensors(fun, call):
+    with pytest.raises(DataDependentError) as raised:
+        replayed(fun)(X)
+    text = (
+        f"A tensor is made of a list of tensors ({call}([…])), which asks for their values, but {fun.__name__} is being traced. "
+        f"Use torch.stack([…]), which stays a tensor."
+    )
+    assert str(raised.value) == text + line_of(fun)
 
 
 def test_printing_shows_no_numbers_and_is_no_error(capsys):

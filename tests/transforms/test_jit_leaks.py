@@ -12,6 +12,7 @@ import torch
 import torchbatch
 from torchbatch import grad, jit, vmap
 from torchbatch.errors import EscapedValueError, LeakedTracerError, UnsupportedOperationError
+from torchbatch.lax import fori_loop
 
 replayed = functools.partial(jit, backend="eager")
 X = torch.tensor([1.0, 2.0, 3.0])
@@ -82,6 +83,22 @@ def inside_jvp(x):
     return torchbatch.jvp(lambda a: (KEPT.append(a * 2), a)[1], (x,), (x,))
 
 
+def into_the_attributes_of_a_tensor(x):
+    GIVEN.__dict__.update(kept=x * 2)
+    KEPT.append(GIVEN.kept)
+    return x
+
+
+def in_a_loop(x):
+    return fori_loop(0, 3, lambda i, c: (KEPT.append(c * 3), c * 2)[1], x)
+
+
+def by_a_hook(x):
+    y = x.clone().requires_grad_() * 2
+    y.register_hook(KEPT.append)
+    return torch.autograd.grad(y.sum(), y)[0]
+
+
 def inside_an_inner_jit(x):
     return replayed(through_a_list)(x)
 
@@ -100,7 +117,8 @@ def before_an_error(x):
 
 
 LEAKS = [through_a_list, through_a_dict, through_an_attribute, through_a_closure, the_argument_itself, the_result_itself, a_view]
-LEAKS += [a_constant, inside_grad, inside_vjp, inside_jvp, inside_an_inner_jit, of_a_captured_tensor, before_an_error]
+LEAKS += [inside_an_inner_jit, in_a_loop, by_a_hook, into_the_attributes_of_a_tensor]
+LEAKS += [a_constant, inside_grad, inside_vjp, inside_jvp, of_a_captured_tensor, before_an_error]
 USES = {
     "arithmetic": lambda v: v + 1,
     "beside a tensor": lambda v: torch.add(X, v),
@@ -200,6 +218,58 @@ def test_backward_inside_by_an_argument():
     assert str(raised.value) == BACKWARD and x.grad is None
 
 
+def reads(w, x):
+    return (w.grad, x * w)[1]
+
+
+def asks_for(w, x):
+    return x if w.grad is None else x * w
+
+
+def sets(w, x):
+    w.grad = x
+    return x * w
+
+
+def clears(w, x):
+    w.grad = None
+    return x * w
+
+
+def deletes(w, x):
+    del w.grad
+    return x * w
+
+
+def sets_to_zero(w, x):
+    torch.optim.SGD([w], 0.1).zero_grad()
+    return x * w
+
+
+@pytest.mark.parametrize("wrap", [lambda fun: fun, vmap, lambda fun: grad(lambda x: fun(x).sum())])
+@pytest.mark.parametrize("fun", [reads, asks_for, sets, clears, deletes, sets_to_zero])
+def test_gradients_of_captured_tensors(fun, wrap):
+    w = torch.ones((), requires_grad=True)
+    w.grad = before = torch.ones(())
+    with pytest.raises(UnsupportedOperationError) as raised:
+        replayed(wrap(lambda x: fun(w, x)))(X)
+    assert str(raised.value) == (
+        "jit: the function reads or sets .grad of a tensor from outside. That is another tensor after each backward(), but the "
+        "compiled function would keep to the one that it saw. Pass the gradient as an argument of its own, f(…, w.grad), and "
+        "return the new one."
+    )
+    assert w.grad is before and torch.equal(before, torch.ones(()))
+
+
+def test_the_gradient_of_an_argument():
+    with pytest.raises(UnsupportedOperationError, match=r"reads or sets \.grad of a tensor from outside"):
+        replayed(lambda x: reads(x, x))(X.clone().requires_grad_())
+
+
+def test_what_is_made_inside_has_no_gradient():
+    assert torch.equal(replayed(lambda x: x if (x * 2).grad is None else x * 2)(X), X)
+
+
 def test_an_argument_is_made_to_require_a_gradient_inside():
     with pytest.raises(UnsupportedOperationError, match="requires_grad_"):
         replayed(lambda x: x.requires_grad_() * 2)(X.clone())
@@ -223,9 +293,10 @@ def test_the_generator_is_seeded_inside(seed):
 
     with pytest.raises(UnsupportedOperationError) as raised:
         replayed(fun)(X)
-    assert str(raised.value).startswith(
-        "jit: the function seeds the random generator (torch.manual_seed), which would happen only while it is traced. Seed "
-        "before the call."
+    assert str(raised.value) == (
+        "jit: the function sets the state of the random generator (torch.manual_seed, torch.random.fork_rng, "
+        "torch.set_rng_state, or torch.utils.checkpoint around a draw), which would happen only while it is traced. Seed "
+        "before the call, draw outside, or use torchbatch.checkpoint."
     )
 
 

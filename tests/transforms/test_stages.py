@@ -270,7 +270,7 @@ def test_a_module_in_another_mode_is_refused():
     for _ in range(2):
         found(X)
     layer.eval()
-    with pytest.raises(InputTypeError, match=r"its module Dropout was in training mode when it was compiled, and is"):
+    with pytest.raises(InputTypeError, match=r"its module Sequential was in training mode when it was compiled, and is"):
         found(X)
     layer.train()
     found(X)

@@ -91,7 +91,8 @@ CANNOT = (
 )
 NOT_SAID = (
     'A random operation runs inside vmap, which has to be told what it means: randomness="different" draws for each sample anew, '
-    'randomness="same" gives all samples one draw.'
+    'randomness="same" gives all samples one draw. Or draw from a key, as the loop does too: '
+    "torchbatch.random.normal(key, shape), mapped over keys = torchbatch.random.split(torchbatch.random.key(0), n)."
 )
 NOT_ONE = (
     'randomness="same" asks for one draw for all samples, but what is drawn depends on per-sample values here. Use '

@@ -3,21 +3,25 @@
 Autograd sits above the place where the fakes step in, and writes what it learns into the real tensors; that is taken back.
 
 Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._subclasses.fake_tensor.FakeTensor``;
-``torch._guards.active_fake_mode``; ``torch.utils._python_dispatch._disable_current_modes``; ``Tensor._backward_hooks``.
+``torch._guards.active_fake_mode``; ``torch._ops.HigherOrderOperator``;
+``torch.utils._python_dispatch._disable_current_modes``; ``Tensor._backward_hooks``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch._guards import active_fake_mode
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from torchbatch._torch import seeding
 from torchbatch.errors import InPlaceError, UnsupportedOperationError
 
 LIFTS = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)
@@ -43,12 +47,35 @@ class Captured(TorchDispatchMode):
         self.fakes: list[torch.Tensor] = []
         self._known: dict[int, torch.Tensor] = {}
         self._before: list[_Before] = []
+        self._standing_in: set[int] = set()  # the ids of the fakes
+        self._made: list[weakref.ref[torch.Tensor]] = []  # what operators returned
+        self.programs: list[Any] = []  # loops and choices that were traced: the graph holds only their numbers
+
+    supports_higher_order_operators = True  # to refuse them in words of our own
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        check_not_higher_order(func)
         if func in LIFTS:  # a constant that torch.tensor makes of Python numbers, and not one from outside
-            return func(*args, **(kwargs or {}))
-        args, kwargs = pytree.tree_map_only(torch.Tensor, self._fake, (args, kwargs or {}))
-        return func(*args, **kwargs)
+            return self.note(func(*args, **(kwargs or {})))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            seeding.drawn()
+        args, kwargs = self.replaced(args, kwargs or {})
+        return self.note(func(*args, **kwargs))
+
+    def note(self, result: Any) -> Any:
+        """Remember the tensors in a result, but do not keep them alive; what stands for a captured tensor is left out."""
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, FakeTensor) and id(value) not in self._standing_in:
+                self._made.append(weakref.ref(value))
+        return result
+
+    def any_alive(self) -> bool:
+        """Whether a tensor that was noted is still there."""
+        return any(reference() is not None for reference in self._made)
+
+    def replaced(self, args: Any, kwargs: Any) -> Any:
+        """The arguments of an operator with fakes in the place of tensors from outside."""
+        return pytree.tree_map_only(torch.Tensor, self._fake, (args, kwargs))
 
     def _fake(self, value: torch.Tensor) -> torch.Tensor:
         if type(value) is FakeTensor:
@@ -59,6 +86,11 @@ class Captured(TorchDispatchMode):
         return known
 
     def _met(self, value: torch.Tensor) -> torch.Tensor:
+        if not is_plain_class(type(value)):
+            raise UnsupportedOperationError(
+                f"jit: the function closes over a tensor of class {type(value).__name__}; jit takes plain tensors, without a "
+                f"class of their own. Take the plain tensor first: x.as_subclass(torch.Tensor)."
+            )
         if value.is_nested or value.layout is not torch.strided or value.is_quantized:
             raise UnsupportedOperationError(
                 "jit: the function closes over a sparse, nested or quantized tensor; jit takes plain dense tensors. Build it "
@@ -75,6 +107,7 @@ class Captured(TorchDispatchMode):
             self._before.append(_Before(value.requires_grad, value.grad_fn, _grad(value)))
         self.tensors.append(value)
         self.fakes.append(fake)
+        self._standing_in.add(id(fake))
         return fake
 
     def forget(self) -> None:
@@ -85,15 +118,34 @@ class Captured(TorchDispatchMode):
     def restore(self) -> list[Exception]:
         """Make the tensors again what they were; what the function did to them that it cannot do, as errors."""
         found: list[Exception] = []
-        for value, before in zip(self.tensors, self._before, strict=True):
+        for value, fake, before in zip(self.tensors, self.fakes, self._before, strict=True):
+            if reshaped(fake, value):
+                found.append(changed_shape(_OVER))
             if type(_grad(value)) is FakeTensor:
                 value.grad = before.grad
                 found += [called_backward()] if value.is_leaf else []
             if value.requires_grad != before.requires_grad or value.grad_fn is not before.grad_fn:
                 if before.grad_fn is None:
                     value.detach_().requires_grad_(before.requires_grad)
-                found.append(_wrote_differentiable())
+                found.append(wrote_differentiable(_OVER))
         return found
+
+
+def is_plain_class(kind: type[torch.Tensor]) -> bool:
+    """Whether a class of tensors changes neither operations nor the class of their results; a ``Parameter`` does not."""
+    if kind is torch.Tensor:
+        return True
+    unchanged: Any = kind.__torch_function__
+    return kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and unchanged is torch.nn.Parameter.__torch_function__
+
+
+def check_not_higher_order(func: Any) -> None:
+    """Refuse PyTorch's own operators that take functions."""
+    if isinstance(func, HigherOrderOperator):
+        raise UnsupportedOperationError(
+            f"jit: the function calls torch's operator {func.name()!r}, which takes functions, and which jit does not trace. In "
+            "the place of torch.cond, while_loop, scan, map and associative_scan use those of torchbatch.lax."
+        )
 
 
 def _grad(value: torch.Tensor) -> torch.Tensor | None:
@@ -108,11 +160,28 @@ def called_backward() -> UnsupportedOperationError:
     )
 
 
-def _wrote_differentiable() -> InPlaceError:
+def wrote_differentiable(target: str) -> InPlaceError:
+    """The error for a write that autograd would have to record."""
     return InPlaceError(
-        "jit: the function writes a value that depends on something that requires a gradient into a tensor that it closes "
-        "over, in place. Return the value, or write value.detach()."
+        f"jit: the function writes a value that depends on something that requires a gradient into {target}, in place. "
+        f"Return the value, or write value.detach()."
     )
+
+
+def reshaped(after: torch.Tensor, before: torch.Tensor) -> bool:
+    """Whether a tensor was given another shape, or other strides."""
+    return after.size() != before.size() or after.stride() != before.stride()
+
+
+def changed_shape(target: str) -> UnsupportedOperationError:
+    """The error for ``t_()``, ``resize_()`` and the like, which would happen only while the function is traced."""
+    return UnsupportedOperationError(
+        f"jit: the function changes the shape or the strides of {target} in place (t_(), transpose_(), unsqueeze_(), resize_(), "
+        f"x.data = …). Use the operation that returns a new tensor: x.t(), x.transpose(…), x.reshape(…)."
+    )
+
+
+_OVER = "a tensor that it closes over"
 
 
 @contextlib.contextmanager

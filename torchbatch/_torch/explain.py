@@ -115,7 +115,8 @@ RULES = _rules(
         r"random operation while in randomness error mode",
         RandomnessError,
         """A random operation runs inside vmap, which has to be told what it means: randomness="different" draws for each sample
-        anew, randomness="same" gives all samples one draw.""",
+        anew, randomness="same" gives all samples one draw. Or draw from a key, as the loop does too:
+        torchbatch.random.normal(key, shape), mapped over keys = torchbatch.random.split(torchbatch.random.key(0), n).""",
     ),
     (
         r"same randomness with a batched tensor input",
@@ -248,6 +249,30 @@ _TRACE_RULES = _rules(
 
 _TRACE_RULES += _rules(
     (
+        r"UntypedStorage",
+        UnsupportedOperationError,
+        """The memory of a tensor that {fun} closes over is asked for (copy.copy, pickle, set_()), but {fun} is being traced. Use
+        x.detach() for another view of the tensor, or x.clone() for a copy.""",
+    ),
+    (
+        r"doesn't define (__round__) method",
+        DataDependentError,
+        """round() needs a number of Python's, but {fun} is being traced, and the value is only known when it runs. Use
+        torch.round(x); or make the argument that it comes from static: jit(…, static_argnames=…).""",
+    ),
+    (
+        r"for divmod\(\): .*FakeTensor",
+        UnsupportedOperationError,
+        "divmod does not take tensors, and {fun} is being traced, where a number is one. Write (a // b, a % b).",
+    ),
+    (
+        r"^a tensor is a key$",
+        DataDependentError,
+        """Python looks for a value in a dict or a set, but {fun} is being traced, and the value is only known when it runs.
+        Choose with torch.where or an index (torch.stack(values)[i]); or make the argument that it comes from static:
+        jit(…, static_argnames=…).""",
+    ),
+    (
         r"leaf Variable that requires grad",
         InPlaceError,
         """{fun} writes in place into an argument, or a tensor that it closes over, that requires a gradient. Compute a new value
@@ -261,7 +286,27 @@ _TRACE_RULES += _rules(
 )
 
 
-_TRACE_ERRORS = ("RuntimeError", "TypeError", "AssertionError", "AttributeError", "GuardOnDataDependentSymNode")
+_TRACE_ERRORS = frozenset(
+    "RuntimeError TypeError AssertionError AttributeError KeyError NotImplementedError GuardOnDataDependentSymNode".split()
+)
+_STACKED = re.compile(r"\b(torch\.tensor|torch\.as_tensor|np\.array|np\.asarray)\(\s*[\[(]")
+_STACKED_TEXT = (
+    "A tensor is made of a list of tensors ({call}), which asks for their values, but {{fun}} is being traced. Use "
+    "torch.stack([…]), which stays a tensor."
+)
+_LIBRARY_TEXTS = (  # functions of PyTorch that look at values, where the usual advice is of no use
+    (
+        os.path.join("", "torch", "distributions", "distribution.py"),
+        ("__init__", "_validate_sample"),
+        "A distribution checks its arguments, which needs their values. Make it with validate_args=False.",
+    ),
+    (
+        os.path.join("", "torch", "nn", "init.py"),
+        ("trunc_normal_",),
+        "trunc_normal_ draws again until all numbers are within the bounds, so it looks at them. Call it before, and pass the "
+        "tensor.",
+    ),
+)
 
 
 def explain_trace(error: Exception, fun: str) -> TorchbatchError | None:
@@ -273,9 +318,30 @@ def explain_trace(error: Exception, fun: str) -> TorchbatchError | None:
         return None
     where = _user_frame(error.__traceback__) or _calling_frame()
     for rule in _TRACE_RULES:
-        if rule.pattern.search(str(error)) and (about_values or "aten" not in rule.pattern.pattern[:4]):
-            return rule.error(rule.text.format(fun=fun) + _line(where))
+        if rule.pattern.search(_text(error)) and (about_values or "aten" not in rule.pattern.pattern[:4]):
+            better = _of_library(error.__traceback__) or _of_list(where) if rule.error is DataDependentError else None
+            return rule.error((better or rule.text).format(fun=fun) + _line(where))
     return None
+
+
+def _text(error: Exception) -> str:
+    """What an error says; that of a missing key holds the key itself."""
+    return "a tensor is a key" if isinstance(error, KeyError) and isinstance(error.args[0], torch.Tensor) else str(error)
+
+
+def _of_library(trace: TracebackType | None) -> str | None:
+    """What to say of functions of PyTorch that look at values themselves."""
+    for frame, _ in traceback.walk_tb(trace):
+        for path, names, text in _LIBRARY_TEXTS:
+            if frame.f_code.co_filename.endswith(path) and frame.f_code.co_name in names:
+                return text
+    return None
+
+
+def _of_list(where: _Place | None) -> str | None:
+    """What to say where the user's line makes a tensor of a list."""
+    found = _STACKED.search(where.summary.line or "") if where is not None else None
+    return _STACKED_TEXT.format(call=f"{found[1]}([…])") if found else None
 
 
 def add_note(error: Exception, samples: Callable[[], list[str]]) -> None:

@@ -6,7 +6,8 @@ the device. Where something requires a gradient, the backward pass is recorded i
 over the graph; what is written to an input becomes a ``copy_`` at the end.
 
 Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch.fx.experimental.proxy_tensor.make_fx``, ``get_proxy_mode``;
-``torch._subclasses.fake_tensor.FakeTensor``, ``FakeTensorMode``; ``torch._functorch.config``.
+``torch._subclasses.fake_tensor.FakeTensor``, ``FakeTensorMode``; ``torch._functorch.config``;
+``torch.distributions.Distribution._validate_args``; ``torch._dynamo.config``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import copy
 import gc
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,11 +24,21 @@ from typing import Any, NamedTuple
 import torch
 from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributions import Distribution
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
-from torchbatch._torch import levels, open_sizes
-from torchbatch._torch.captured import Captured, called_backward, check_independent, without_hooks
+from torchbatch._torch import levels, open_sizes, seeding
+from torchbatch._torch.captured import (
+    Captured,
+    called_backward,
+    changed_shape,
+    check_independent,
+    reshaped,
+    without_hooks,
+    wrote_differentiable,
+)
+from torchbatch._torch.programs import programs_in
 from torchbatch.errors import LeakedTracerError, UnsupportedOperationError
 
 Flat = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
@@ -49,6 +61,7 @@ class Trace(NamedTuple):
     wanted: list[int]  # which inputs and captured tensors get one
     mutated: list[int]  # which inputs and captured tensors are written in place
     sizes: open_sizes.OpenSizes | None  # what is known of the sizes that were left open
+    programs: list[Any]  # loops and choices in the graph
 
 
 class _Tracing(threading.local):
@@ -64,23 +77,47 @@ def is_tracing() -> bool:
 
 
 @contextlib.contextmanager
-def _tracing_here() -> Iterator[None]:
-    """State of the thread and the process while a function is traced."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a stack of PyTorch's for each error of the user's
-    log_was_disabled, log.disabled = log.disabled, True
-    seed, state = torch.initial_seed(), torch.get_rng_state()
-    _tracing.active = True
+def _quiet() -> Iterator[None]:
+    """PyTorch's log of fake tensors prints a stack of its own for each error of the user's."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
     try:
         yield
     finally:
-        _tracing.active = False
-        log.disabled = log_was_disabled
-    if torch.initial_seed() != seed:
-        torch.set_rng_state(state)
-        raise UnsupportedOperationError(
-            "jit: the function seeds the random generator (torch.manual_seed), which would happen only while it is traced. "
-            "Seed before the call."
-        )
+        log.disabled = before
+
+
+@contextlib.contextmanager
+def _unvalidated() -> Iterator[None]:
+    """Distributions do not check their arguments, since there are no values to look at."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """A function that ``torch.compile`` made runs as the one that it was made of; what is recorded is compiled as a whole."""
+    compiler: Any = sys.modules.get("torch._dynamo")  # without it there is no such function
+    return contextlib.nullcontext() if compiler is None else compiler.config.patch(error_on_nested_fx_trace=False)
+
+
+def is_traced_by_jit() -> bool:
+    """Whether a function is being traced by jit in this thread."""
+    return _tracing.active
+
+
+@contextlib.contextmanager
+def _tracing_here() -> Iterator[None]:
+    """State of the thread and the process while a function is traced."""
+    outer, _tracing.active = _tracing.active, True
+    try:
+        with seeding.watched(), torch.autograd.set_detect_anomaly(False), _quiet(), _unvalidated(), _uncompiled():
+            yield
+    finally:
+        _tracing.active = outer
 
 
 def trace(
@@ -89,7 +126,6 @@ def trace(
     *,
     gradients: bool,
     open_axes: Sequence[Sequence[int]] | None = None,
-    keeps: bool = True,
 ) -> Trace:
     """Run ``flat`` once on fakes of ``inputs`` and record what it does.
 
@@ -98,7 +134,6 @@ def trace(
         inputs: plain tensors.
         gradients: whether to record the backward pass too, if an output turns out to require a gradient.
         open_axes: for each input the axes whose size is left open; None fixes all sizes.
-        keeps: whether the code of the function may keep a value, so that a search for leaked ones is worth its time.
 
     Raises:
         UnsupportedOperationError: captured tensors that require gradients depend on each other.
@@ -109,29 +144,36 @@ def trace(
     fakes = [_fake(mode, value, open_axes[i] if open_axes else None) for i, value in enumerate(inputs)]
     aliases = [value.detach() for value in fakes]
     run = _Run(flat, gradients)
+    run.captured.note(fakes)
     try:
         with _tracing_here(), run.captured_restored(), mode:
-            recorded = make_fx(run, _DECLARED, _allow_fake_constant=True, record_stack_traces=True)(*fakes)
-        for value, fake, alias in zip(inputs, fakes, aliases, strict=True):
-            _check_input(value, fake, alias)
+            recorded = make_fx(run, DECLARED, _allow_fake_constant=True, record_stack_traces=True)(*fakes)
+        _check_inputs(inputs, fakes, aliases)
     except BaseException:
-        if keeps:
-            _mark_leaked(mode)
+        _mark_leaked(mode, run.captured)
         raise
     _lift(recorded, run.captured.fakes, run.tangents)
     own_mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes, static_shapes=shapes is None)
     examples = _examples(recorded, own_mode)
-    if keeps:
-        run.captured.forget()
-        del fakes, aliases
-        _mark_leaked(mode)
+    run.captured.forget()
+    del fakes, aliases
+    _mark_leaked(mode, run.captured)
     return _finished(recorded, examples, own_mode, run)
+
+
+def _check_inputs(inputs: Sequence[torch.Tensor], fakes: Sequence[torch.Tensor], aliases: Sequence[torch.Tensor]) -> None:
+    for value, fake, alias in zip(inputs, fakes, aliases, strict=True):
+        _check_input(value, fake, alias)
 
 
 def _check_input(value: torch.Tensor, fake: torch.Tensor, alias: torch.Tensor) -> None:
     """Refuse what a function did to an argument, and that would not happen to the real one."""
+    if fake.grad_fn is not None:
+        raise wrote_differentiable("an argument")
     if fake.grad is not None:
         raise called_backward()
+    if reshaped(fake, alias):
+        raise changed_shape("an argument")
     if fake.requires_grad != value.requires_grad or not levels.share_memory(fake, alias):
         raise UnsupportedOperationError(
             "jit: the function changes an argument itself (requires_grad_(), x.data = …, set_()), which would happen only while "
@@ -156,6 +198,15 @@ def _batch_norm(*args: Any) -> Any:
     return _aten._native_batch_norm_legit.default(tensor, weight, bias, mean, variance, training, *rest)
 
 
+def _bernoulli(like: torch.Tensor, *args: Any, **options: Any) -> Any:
+    """Functionalization takes this operator for ``bernoulli_``, which draws in the order of the memory."""
+    order = sorted(range(like.dim()), key=like.stride, reverse=True)
+    if like.is_contiguous() or not like.permute(order).is_contiguous():
+        return NotImplemented
+    drawn = _aten.bernoulli.p(like.permute(order), *args, **options)
+    return drawn.permute([order.index(axis) for axis in range(like.dim())])
+
+
 def _cudnn_batch_norm(*args: Any) -> Any:
     result = _aten.native_batch_norm.default(*args)
     return (*result, args[0].new_zeros((0,), dtype=torch.uint8))
@@ -166,7 +217,8 @@ def _zeros(size: Sequence[int], **options: Any) -> torch.Tensor:
     return _aten.zeros.default([], **options).expand(size)
 
 
-_DECLARED = {_aten.native_batch_norm.default: _batch_norm, _aten.cudnn_batch_norm.default: _cudnn_batch_norm}
+DECLARED = {_aten.native_batch_norm.default: _batch_norm, _aten.cudnn_batch_norm.default: _cudnn_batch_norm}
+REAL_ZEROS: dict[Any, Callable[..., Any]] = {_aten._efficientzerotensor.default: _zeros, _aten.bernoulli.p: _bernoulli}
 
 
 class _Run:
@@ -203,6 +255,7 @@ class _Run:
         """A gradient for each source that has one, and the tangents from which they are computed."""
         with torch.no_grad():
             tangents = [torch.empty_like(value, memory_format=torch.contiguous_format) for value in results]
+        self.captured.note(tangents)  # hooks are given them
         self.tangents = len(tangents)
         sources = [*inputs, *self.captured.tensors]
         wanted = [i for i, value in enumerate(sources) if value.requires_grad]
@@ -263,16 +316,27 @@ def _examples(module: GraphModule, mode: FakeTensorMode) -> list[torch.Tensor]:
         ]
 
 
+def _without_writes(recorded: GraphModule, examples: list[torch.Tensor], mode: FakeTensorMode) -> GraphModule:
+    """A graph run once more, on other fakes, and recorded as operations that write nowhere in place."""
+    try:
+        with torch.no_grad(), mode, _quiet(), torch.fx.traceback.preserve_node_meta():
+            functional = torch.func.functionalize(Interpreter(recorded).run)
+            return make_fx(functional, REAL_ZEROS, _allow_non_fake_inputs=True)(*examples)
+    except (RuntimeError, NotImplementedError) as error:
+        said = str(error).partition("\n\nWhile executing")[0]
+        raise UnsupportedOperationError(
+            f"jit: the function writes in place, or changes a tensor itself, in a way that cannot be taken out of the trace: "
+            f"{said}. Compute a new value instead (x.t() for x.t_(), x.clone() before a write)."
+        ) from error
+
+
 def _finished(
     recorded: GraphModule,
     examples: list[torch.Tensor],
     mode: FakeTensorMode,
     run: _Run,
 ) -> Trace:
-    with torch.no_grad(), mode:
-        functional = torch.func.functionalize(Interpreter(recorded).run)
-        with torch.fx.traceback.preserve_node_meta():
-            module = make_fx(functional, {_aten._efficientzerotensor.default: _zeros}, _allow_non_fake_inputs=True)(*examples)
+    module = _without_writes(recorded, examples, mode)
     for node in module.graph.nodes:
         if node.target in (_aten.detach.default, _aten.alias.default):
             node.replace_all_uses_with(node.args[0])
@@ -281,7 +345,22 @@ def _finished(
     module.recompile()
     inputs = examples[: len(examples) - run.tangents - len(run.captured.tensors)]
     sizes = None if mode.shape_env is None else open_sizes.OpenSizes(inputs, mode.shape_env)
-    return Trace(module, examples, mode, run.captured.tensors, run.outputs, run.differentiable, run.wanted, mutated, sizes)
+    about = run.outputs, run.differentiable, run.wanted, mutated, sizes, programs_in(module)
+    return Trace(module, examples, mode, run.captured.tensors, *about)
+
+
+def writes_cross(trace: Trace) -> bool:
+    """Whether the new value of an input depends on another input that is written too, as when two are exchanged."""
+    placeholders = trace.graph.graph.find_nodes(op="placeholder")
+    written = {placeholders[position] for position in trace.mutated}
+    if len(written) < 2:
+        return False
+    reads: dict[Node, set[Node]] = {node: {node} & written for node in placeholders}
+    for node in trace.graph.graph.nodes:
+        reads[node] = reads.get(node, set()).union(*(reads[source] for source in node.all_input_nodes))
+    results: Any = trace.graph.graph.output_node().args[0]
+    news = zip(trace.mutated, results[trace.outputs :], strict=False)
+    return any(reads[new] - {placeholders[position]} for position, new in news)
 
 
 def written_in_place(trace: Trace) -> GraphModule:
@@ -335,11 +414,18 @@ class LeakedTensor(torch.Tensor):
         return "<value leaked from a traced function>"
 
 
-def _mark_leaked(mode: FakeTensorMode) -> None:
-    """Make unusable what is still alive of the fake tensors of a trace that is over."""
+def _mark_leaked(mode: FakeTensorMode, captured: Captured) -> None:
+    """Make unusable what is still alive of the values of a trace that is over, with the wrappers that transforms put around."""
+    if not captured.any_alive():
+        return
     tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
     for value in [value for value in tensors if _is_of(mode, levels.innermost(value))]:
         value.__class__ = LeakedTensor
+
+
+def is_of_trace(value: torch.Tensor) -> bool:
+    """Whether a tensor holds no numbers, since it belongs to a trace, or did."""
+    return type(value) is LeakedTensor or type(levels.innermost(value)) is FakeTensor
 
 
 def _is_of(mode: FakeTensorMode, value: torch.Tensor) -> bool:

@@ -56,10 +56,24 @@ def tensors_like(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
 def state_like_now() -> Callable[[], bool]:
     """A function that tells whether the state of PyTorch is what it is now."""
     same: Callable[[], bool] = _guards.GlobalStateGuard().check
-    modes = _function_modes()
-    if modes == 0:
+    count = _function_modes()
+    if count == 0:
         return lambda: same() and not _function_modes() and forward_ad._current_level < 0
-    return lambda: False  # a default device is set as a mode, and such modes are compared one by one
+    device = _default_device()  # it is set as a mode
+    if device is None:
+        return lambda: False
+    return lambda: same() and _function_modes() == count and _default_device() == device and forward_ad._current_level < 0
+
+
+def _default_device() -> tuple[torch.device, int] | None:
+    """What modes make the default device, and which GPU it is; None where other modes are at work, or it takes long to tell."""
+    modes = [_function_mode_at(i) for i in range(_function_modes())]
+    if not modes or any(type(mode) is not DeviceContext for mode in modes):
+        return None
+    device: Any = modes[-1].device  # the innermost one decides
+    if device.index is not None or device.type in ("cpu", "meta"):
+        return device, -1
+    return (device, torch.cuda.current_device()) if device.type == "cuda" else None
 
 
 def without_gradients(run: Callable[[list[torch.Tensor]], Any]) -> Callable[[list[torch.Tensor]], Any]:

@@ -32,7 +32,9 @@ from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from torchbatch._torch import draw_lowerings as draw_lowerings  # tells the compiler of random draws
 from torchbatch._torch.graphs import Trace
+from torchbatch._torch.programs import programs_in
 from torchbatch.errors import AxisSpecError, CompilerError
 
 Run = Callable[[list[torch.Tensor]], Sequence[Any]]
@@ -72,6 +74,7 @@ def compile_graph(module: GraphModule, examples: Sequence[torch.Tensor], trace: 
     Raises:
         CompilerError: the compiler failed, or there is none.
     """
+    _compile_programs(module, trace, patches)
     made: list[Any] = []
 
     def inner(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -94,6 +97,12 @@ def compile_graph(module: GraphModule, examples: Sequence[torch.Tensor], trace: 
     if places or constants:
         return Code(lambda values: run([*constants, *(values[i].shape[axis] for i, axis in places), *values]), _source(code))
     return Code(run, _source(code))
+
+
+def _compile_programs(module: GraphModule, trace: Trace, patches: Mapping[str, Any]) -> None:
+    """Compile the bodies of the loops, and the branches, that a graph runs."""
+    for program in programs_in(module):
+        program.compile(lambda body: compile_graph(body.graph, body.examples, trace._replace(mode=body.mode), patches).run)
 
 
 _TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)

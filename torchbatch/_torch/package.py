@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -60,11 +61,13 @@ class Package(NamedTuple):
 def exported(trace: Trace, likes: Sequence[Like]) -> ExportedProgram:
     """The graph of a trace without gradients, in the form that PyTorch can save.
 
+    It writes the new values of its inputs itself, or, if one is computed from another one, returns them after the outputs.
+
     Args:
         trace: the trace.
         likes: its inputs and captured tensors; where the trace left a size open, some size that it may have.
     """
-    module = graphs.written_in_place(trace)
+    module = trace.graph if graphs.writes_cross(trace) else graphs.written_in_place(trace)
     own = GraphModule(module, copy.deepcopy(module.graph))  # the compiler changes what it is given
     if trace.sizes is None:
         return torch.export.export(own, tuple(stand_ins(likes)), strict=False)
@@ -78,7 +81,7 @@ def _open_axes(trace: Trace) -> tuple[dict[int, Any] | None, ...]:
     return tuple(dict.fromkeys(entries, torch.export.Dim.DYNAMIC) or None for entries in axes)
 
 
-def compiled(exported: ExportedProgram, settings: Mapping[str, Any]) -> bytes:
+def compiled(program: ExportedProgram, settings: Mapping[str, Any]) -> bytes:
     """A graph as machine code, made with these settings of Inductor.
 
     Raises:
@@ -89,32 +92,43 @@ def compiled(exported: ExportedProgram, settings: Mapping[str, Any]) -> bytes:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = os.path.join(folder, _GRAPH)
         try:
-            inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=options)
+            inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
         except Exception as error:
             raise importlib.import_module("torchbatch._torch.inductor").explained(error) from error
         return Path(path).read_bytes()
 
 
-def replayed(exported: ExportedProgram) -> bytes:
+def replayed(program: ExportedProgram) -> bytes:
     """A graph as a list of operations, which :func:`opened` runs one by one."""
-    exported.example_inputs = None
+    program.example_inputs = None
     file = io.BytesIO()
-    torch.export.save(exported, file)
+    torch.export.save(program, file)
     return file.getvalue()
 
 
-def write(path: str | os.PathLike[str], package: Package, *, compiled: bool, devices: Sequence[str]) -> None:
-    """Write a package to a file."""
+def write(path: str | os.PathLike[str], package: Package, *, is_compiled: bool, devices: Sequence[str]) -> None:
+    """Write a package to a file: all of it, or nothing."""
     captured = io.BytesIO()
     torch.save([_alone(value) for value in package.captured], captured)
-    about = {"format": _FORMAT, "torch": _release(), "compiled": compiled, "devices": sorted(devices), **_machine(devices)}
+    about = {"format": _FORMAT, "torch": _release(), "compiled": is_compiled, "devices": sorted(devices), **_machine(devices)}
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr(_ABOUT, json.dumps(about, indent=1))
         archive.writestr(_GRAPH, package.graph)
         archive.writestr(_CAPTURED, captured.getvalue())
         archive.writestr(_CALL, package.call)
-    Path(path).write_bytes(file.getvalue())
+    _put(Path(os.path.realpath(path)), file.getvalue())
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Write a file beside the old one first, which stays what it is until the new one is complete."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _alone(value: torch.Tensor) -> torch.Tensor:
@@ -148,9 +162,9 @@ def read(path: str | os.PathLike[str]) -> tuple[Package, bool]:
             return Package(archive.read(_GRAPH), captured, archive.read(_CALL)), about["compiled"]
 
 
-def opened(graph: bytes, compiled: bool) -> Run:
+def opened(graph: bytes, is_compiled: bool) -> Run:
     """What runs the graph of a package."""
-    if not compiled:
+    if not is_compiled:
         module = torch.export.load(io.BytesIO(graph)).module()
         return lambda values: module(*values)
     with tempfile.TemporaryDirectory() as folder:

@@ -32,8 +32,32 @@ if os.environ.get("TORCHBATCH_LOG_COMPILES", "0") not in ("", "0"):
     _to_stderr()
 
 
-def traced(name: str, known: Sequence[Mapping[str, str]], new: Mapping[str, str]) -> None:
-    """Log that a function is traced for a call described by ``new``, and how it differs from what was ``known``.
+class Difference(dict[str, tuple[str, str]]):
+    """What differs between two kinds of calls: by name, as it was and as it is."""
+
+    @classmethod
+    def between(cls, old: Mapping[str, str], new: Mapping[str, str]) -> Difference:
+        """The difference of two descriptions."""
+        names = [*new, *(name for name in old if name not in new)]
+        both = {name: (old.get(name, "absent"), new.get(name, "absent")) for name in names}
+        return cls({name: (was, now) for name, (was, now) in both.items() if was != now})
+
+    def __str__(self) -> str:
+        parts = [f"{name}: {was} -> {now}" for name, (was, now) in self.items()]
+        more = [f"and {len(parts) - _SHOWN} more"] if len(parts) > _SHOWN else []
+        return "; ".join([*parts[:_SHOWN], *more]) or "something that no description shows"
+
+
+_SHOWN = 5
+
+
+def nearest(differences: Sequence[Difference]) -> str:
+    """The least difference in words; of several that are as small the last one."""
+    return str(min(reversed(differences), key=len)) if differences else ""
+
+
+def traced(name: str, known: Sequence[Difference]) -> None:
+    """Log that a function is traced, and how the call differs from those that are known.
 
     Warns:
         RetraceWarning: it is the ninth kind of call.
@@ -41,7 +65,7 @@ def traced(name: str, known: Sequence[Mapping[str, str]], new: Mapping[str, str]
     if not known:
         logger.info("tracing %s: the first call", name)
         return
-    reason = difference(known, new)
+    reason = nearest(known)
     logger.info("tracing %s again (kind of call no. %d): %s", name, len(known) + 1, reason)
     if len(known) == _MANY:
         warnings.warn(
@@ -53,30 +77,22 @@ def traced(name: str, known: Sequence[Mapping[str, str]], new: Mapping[str, str]
         )
 
 
+def nothing_open(name: str) -> None:
+    """Warn of ``dynamic=True`` for a function in which no axis of an argument is mapped."""
+    warnings.warn(
+        f"jit: dynamic=True opens the sizes of mapped axes, but in {name} no vmap maps an axis of an argument, so it is traced "
+        f"again for each size. Compile jit(vmap(f), dynamic=True) of the function of one sample, or leave dynamic out.",
+        RetraceWarning,
+        stacklevel=_levels_to_user(),
+    )
+
+
 def _levels_to_user() -> int:
     """How far up the stack the line is that called the jit function, for a warning that is given by the caller of this."""
     frame, levels = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, levels = frame.f_back, levels + 1
     return levels
-
-
-def difference(known: Sequence[Mapping[str, str]], new: Mapping[str, str]) -> str:
-    """In what a call differs from the known one that is nearest to it."""
-    return min((_changes(old, new) for old in reversed(known)), key=len_of_changes, default="")
-
-
-def len_of_changes(text: str) -> int:
-    """How many changes a text names."""
-    return text.count(" -> ")
-
-
-def _changes(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    names = [*new, *(name for name in old if name not in new)]
-    parts = [
-        f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}" for name in names if old.get(name) != new.get(name)
-    ]
-    return "; ".join(parts) or "the structure of the arguments or a captured tensor changed"
 
 
 @contextlib.contextmanager

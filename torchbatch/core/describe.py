@@ -14,6 +14,14 @@ def describe(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}[{','.join(str(n) for n in value.shape)}]"
 
 
+def in_detail(value: torch.Tensor) -> str:
+    """:func:`describe`, with strides, ``requires_grad`` and the device where they are not the usual ones."""
+    details = [] if value.is_contiguous() else [f"strides {tuple(value.stride())}"]
+    details += ["requires_grad"] if value.requires_grad else []
+    details += [f"on {value.device}"] if value.device.type != "cpu" else []
+    return " ".join([describe(value), *details])
+
+
 def shown(value: Any) -> str:
     """``value`` as Python shows it, on one line and not longer than that, and its type: ``'sum' of type str``."""
     text = " ".join(repr(value).split())

@@ -14,7 +14,7 @@ from torchbatch._torch import graphs, guards, levels, samplewise
 from torchbatch._torch.graphs import Trace
 from torchbatch._torch.rewrites import simplified
 from torchbatch.core import compile_log
-from torchbatch.core.describe import function_name
+from torchbatch.core.describe import function_name, in_detail
 from torchbatch.core.program import Program, one_at_a_time
 from torchbatch.core.signature import Call
 from torchbatch.errors import AxisSpecError, CompilerError, UnsupportedOperationError
@@ -77,7 +77,8 @@ class Executable:
         self.single = program.single
         self.finish: Callable[[Any], Any] = program.structure.unflatten
         self.captured = trace.captured
-        self.modes = program.modes
+        self.modules = program.modules
+        self._captured_described = _described(self.captured)
         self._captured_like = guards.tensors_like(self.captured)
         self.is_open = trace.sizes is not None
         self._kind = program.call.key_of_open() if self.is_open else None
@@ -95,8 +96,15 @@ class Executable:
             self.run = self._plain_run(program) if not trace.mutated else self._run_copying if crossing else self._run_writing
 
     def surroundings_same(self) -> bool:
-        """Whether the captured tensors and the modes of modules are such as they were when the function was traced."""
-        return self._captured_like(*self.captured) and all(module.training is mode for module, mode in self.modes)
+        """Whether the captured tensors and the modules are such as they were when the function was traced."""
+        return self._captured_like(*self.captured) and self.modules.same()
+
+    def changes(self) -> tuple[dict[str, str], dict[str, str]]:
+        """What is not as it was among the captured tensors and the modules: by name and in words, as it was and as it is."""
+        was, now = self._captured_described, _described(self.captured)
+        changed = [name for name in now if now[name] != was[name]]
+        modules_were, modules_are = self.modules.changes()
+        return {name: was[name] for name in changed} | modules_were, {name: now[name] for name in changed} | modules_are
 
     def accepts(self, call: Call) -> bool:
         """Whether a program with open sizes serves a call."""
@@ -167,6 +175,10 @@ class Executable:
         graph = self._backward_graph
         with one_at_a_time, compile_log.compiling(f"the backward pass of {self.name}"):
             return self._build(graph, [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")])
+
+
+def _described(captured: Sequence[torch.Tensor]) -> dict[str, str]:
+    return {f"captured tensor no. {i}": in_detail(value) for i, value in enumerate(captured, 1)}
 
 
 class _Differentiable(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torchbatch._torch import guards
 from torchbatch._torch.likes import Like, stand_ins
 from torchbatch._torch.open_sizes import OpenSizes
 from torchbatch.core import tree
-from torchbatch.core.compile_log import difference
+from torchbatch.core.compile_log import Difference
 from torchbatch.core.describe import function_name
 from torchbatch.core.signature import Call, StaticArguments, Statics, bind
 from torchbatch.errors import InputTypeError, UnsupportedOperationError
@@ -179,7 +179,7 @@ def _words(example: Call, call: Call, wrong: set[int] | None = None) -> str:
     state = guards.state().keys()
     names = {f"argument {name}" for i, name in enumerate(call.names()) if wrong and i not in wrong}
     old, new = ({name: text for name, text in each.described().items() if name not in state | names} for each in (example, call))
-    return difference([old], new) if old != new else ""
+    return str(Difference.between(old, new)) if old != new else ""
 
 
 def _shown(structure: tree.TreeDef) -> str:

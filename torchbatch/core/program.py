@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
 
 from torchbatch._torch import explain, graphs
-from torchbatch._torch.captured import called_backward
 from torchbatch._torch.graphs import Trace
+from torchbatch._torch.methods import Methods
 from torchbatch.core import tree
 from torchbatch.core.argnums import flatten
 from torchbatch.core.describe import function_name, shown
@@ -22,7 +21,6 @@ from torchbatch.core.indexing import IntegerIndices
 from torchbatch.core.signature import Call
 from torchbatch.core.training import RanModules
 from torchbatch.core.weak import WeakNumbers, strong
-from torchbatch.core.writes import may_keep
 from torchbatch.errors import OutputTypeError, TorchbatchError
 
 # PyTorch's tracer and compiler keep state of the process, so one thread traces or compiles at a time. A function that is
@@ -36,22 +34,21 @@ class Program:
     Attributes:
         trace: the graph and what goes into it.
         structure: that of the output.
-        modes: the modules that ran and care whether they train, each with whether it did.
+        modules: those that ran, or that the function refers to, as they were.
     """
 
     def __init__(self, call: Call, open_axes: Sequence[Sequence[int]] | None = None) -> None:
         self.call = call
         self.structure: tree.TreeDef
-        with one_at_a_time, RanModules() as ran:
+        with one_at_a_time, RanModules((call.fun, *(value for _, _, value in call.statics))) as ran:
             self.trace = self._traced(open_axes)
-        self.modes = ran.modes
+        self.modules = ran.found()
         self.single = self.trace.outputs == 1 and self.structure == _LEAF
 
     def _traced(self, open_axes: Sequence[Sequence[int]] | None) -> Trace:
         gradients = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        keeps = may_keep(self.call.fun)
         try:
-            return graphs.trace(self._flat, self.call.values, gradients=gradients, open_axes=open_axes, keeps=keeps)
+            return graphs.trace(self._flat, self.call.values, gradients=gradients, open_axes=open_axes)
         except Exception as error:
             if isinstance(error, TorchbatchError):
                 raise
@@ -63,7 +60,7 @@ class Program:
     def _flat(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         numbers = [inputs[i] for i in self.call.numbers]
         args, kwargs = self.call.arguments(inputs)
-        with IntegerIndices(), _NoBackward(), WeakNumbers(numbers) if numbers else nullcontext():
+        with IntegerIndices(), Methods(), WeakNumbers(numbers) if numbers else nullcontext():
             leaves, self.structure = flatten(self.call.fun(*args, **kwargs))
             return [self._tensor(strong(leaf), i) for i, leaf in enumerate(leaves)]
 
@@ -87,15 +84,6 @@ class Program:
     def _bad_output(self, leaf: Any, index: int, rule: str) -> OutputTypeError:
         name = tree.paths(self.structure.unflatten(range(self.structure.num_leaves)), "output")[index]
         return OutputTypeError(f"jit: {name} of {function_name(self.call.fun)} is {shown(leaf)}, but {rule}.")
-
-
-class _NoBackward(TorchFunctionMode):
-    """Refuses ``backward()``, whose result would be left in ``.grad``."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.backward:
-            raise called_backward()
-        return func(*args, **(kwargs or {}))
 
 
 _LEAF = flatten(0)[1]

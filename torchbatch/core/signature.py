@@ -14,7 +14,7 @@ import torch
 from torchbatch._torch import guards
 from torchbatch._torch.captured import is_plain_class
 from torchbatch.core import argnums, tree
-from torchbatch.core.describe import describe, function_name, shown
+from torchbatch.core.describe import describe, function_name, in_detail, shown
 from torchbatch.core.weak import WIDEST, as_weak
 from torchbatch.errors import StaticArgumentError, UnsupportedOperationError
 
@@ -84,14 +84,21 @@ class Call(NamedTuple):
         value = self.values[index]
         if index in self.numbers:
             return f"Python {next(kind.__name__ for kind, dtype in WIDEST.items() if dtype is value.dtype)}"
-        details = [] if value.is_contiguous() else [f"strides {tuple(value.stride())}"]
-        details += ["requires_grad"] if value.requires_grad else []
-        details += [f"on {value.device}"] if value.device.type != "cpu" else []
-        return " ".join([describe(value), *details])
+        return in_detail(value)
+
+    def outline(self) -> dict[str, str]:
+        """How the arguments are given."""
+        leaf: Any = _LEAF
+        positional, keywords = self.arguments([leaf] * len(self.values))
+        parts = [*map(repr, positional), *(f"{name}={keywords[name]!r}" for name in sorted(keywords))]
+        return {"the structure of the arguments": f"({', '.join(parts)})"}
 
 
 class _Leaf:
     """Stands for a leaf where only its place matters."""
+
+    def __repr__(self) -> str:
+        return "*"
 
 
 _LEAF = _Leaf()

@@ -83,6 +83,8 @@ class WeakNumbers(TorchFunctionMode):
         if not others:
             return self._alone(func, leaves, structure)
         _check_write(name, leaves[0], [leaves[i] for i in weak], others)
+        if name in ("pow", "__pow__") and leaves[0].dtype is torch.bool is leaves[1].dtype and weak == [1]:
+            return leaves[0] | ~leaves[1]  # PyTorch takes a number there, but no tensor
         for i in weak:
             leaves[i] = _beside(leaves[i], others, name)
         args, kwargs = structure.unflatten(leaves)
@@ -91,9 +93,9 @@ class WeakNumbers(TorchFunctionMode):
     def _alone(self, func: Any, leaves: list[Any], structure: Any) -> Any:
         """What is computed of numbers alone is a number again."""
         name = getattr(func, "__name__", "").strip("_")
-        if _is_arithmetic(name) or name in ("neg", "abs", "pos"):
-            division = "div" in name and "floor" not in name
-            leaves = [self._counted(leaf, division) for leaf in leaves]
+        if name in _COUNTING or (_is_arithmetic(name) and not self._are_truths(name, leaves)):
+            dtype = _dtype_of_whole(name, leaves)
+            leaves = [self._counted(leaf, dtype) for leaf in leaves]
         args, kwargs = structure.unflatten(leaves)
         result = func(*args, **kwargs)
         if not isinstance(result, torch.Tensor) or name in _CONVERSIONS or result.dtype not in _KINDS:
@@ -103,11 +105,18 @@ class WeakNumbers(TorchFunctionMode):
         self._weak[id(result)] = result
         return result
 
-    def _counted(self, leaf: Any, division: bool) -> Any:
-        """A truth value is a number in arithmetic, and the quotient of two whole numbers is none."""
+    def _are_truths(self, name: str, leaves: list[Any]) -> bool:
+        """Whether truth values are combined by logic, and give one."""
+        operands = [leaf.dtype is torch.bool if self.is_weak(leaf) else isinstance(leaf, bool) for leaf in leaves]
+        return name in _LOGIC and all(operands)
+
+    def _counted(self, leaf: Any, dtype: torch.dtype) -> Any:
+        """A truth value is a number in arithmetic, and a whole number is computed with in ``dtype``."""
+        if isinstance(leaf, bool):
+            return int(leaf)
         if not self.is_weak(leaf) or leaf.dtype in _INEXACT:
             return leaf
-        return leaf.to(torch.float64 if division else torch.int64)
+        return leaf.to(dtype)
 
     def full(self, size: Any, fill_value: Any, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
         """``torch.full`` with a number that is not known yet."""
@@ -139,11 +148,22 @@ _MAKERS: dict[str, Callable[..., torch.Tensor]] = {
 }
 _CONVERSIONS = frozenset("to float double half bfloat16 long int short bool type type_as cfloat cdouble".split())
 _ARITHMETIC = frozenset("add sub rsub mul div truediv floordiv floor_divide mod remainder pow and or xor maximum minimum".split())
+_LOGIC = frozenset("and or xor rand ror rxor iand ior ixor".split())
+_COUNTING = frozenset("neg negative abs pos positive lshift rshift rlshift rrshift ilshift irshift".split())
 _CHOICE = frozenset("where clamp clamp_ clip clip_ clamp_min clamp_max fmod masked_fill fill lerp".split())
 
 
 def _is_arithmetic(name: str) -> bool:
     return name in _ARITHMETIC or name.removeprefix("r") in _ARITHMETIC or name.removeprefix("i") in _ARITHMETIC
+
+
+def _dtype_of_whole(name: str, leaves: list[Any]) -> torch.dtype:
+    """What a whole number becomes in arithmetic: quotients and powers below 0 make fractions, and so do Python's floats."""
+    if any(isinstance(leaf, complex) for leaf in leaves):
+        return torch.complex128
+    fraction = ("div" in name and "floor" not in name) or any(isinstance(leaf, float) for leaf in leaves)
+    below = name == "pow" and len(leaves) > 1 and type(leaves[1]) is int and leaves[1] < 0
+    return torch.float64 if fraction or below else torch.int64
 
 
 def _check_write(name: str, target: Any, weak: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> None:

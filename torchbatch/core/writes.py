@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from torchbatch._torch.modules import global_hooks, hooks_of
 from torchbatch.core.wrapper import Wrapper
 
 _FOLLOWED = (3, 11) <= sys.version_info[:2] <= (3, 13)
@@ -152,7 +153,7 @@ def _in_library(module: str) -> bool:
 
 def _reach_module(module: torch.nn.Module) -> list[Any] | None:
     own = [m for m in module.modules() if not _is_library(type(m)) or "forward" in m.__dict__]
-    hooks = [hook for m in module.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    hooks = [*global_hooks(), *(hook for m in module.modules() for hook in hooks_of(m))]
     if any(getattr(m, "inplace", False) for m in module.modules()):
         return None
     return [*(m.forward for m in own), *hooks]

@@ -17,16 +17,20 @@ from torchbatch.lax.collectives import (
 )
 from torchbatch.lax.conditionals import cond, select, select_n, switch
 from torchbatch.lax.loops import fori_loop, map, scan, while_loop
+from torchbatch.lax.sized import argwhere, flatnonzero, nonzero, unique, where
 
 __all__ = [
     "all_gather",
     "all_to_all",
+    "argwhere",
     "associative_scan",
     "axis_index",
     "axis_size",
     "cond",
+    "flatnonzero",
     "fori_loop",
     "map",
+    "nonzero",
     "pmax",
     "pmean",
     "pmin",
@@ -39,5 +43,7 @@ __all__ = [
     "select",
     "select_n",
     "switch",
+    "unique",
+    "where",
     "while_loop",
 ]

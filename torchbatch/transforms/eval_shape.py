@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchbatch._torch import guards
 from torchbatch._torch.likes import Like, stand_ins
 from torchbatch.core import argnums as positional
 from torchbatch.core import tree
 from torchbatch.core.abstract import META, Abstract, to_meta
 from torchbatch.core.argnums import flatten
 from torchbatch.core.signature import Call, StaticArguments, bind
-from torchbatch.errors import AxisSpecError, InputTypeError, OutputTypeError
+from torchbatch.errors import AxisSpecError, InputTypeError, OutputTypeError, UnsupportedOperationError
 
 __all__ = ["ShapeDtypeStruct", "eval_shape"]
 
@@ -109,8 +110,19 @@ def eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return out_structure.unflatten([_describe(leaf, output, i, device) for i, leaf in enumerate(found)])
 
 
-def bind_shapes(fun: Callable[..., Any], static: StaticArguments, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-    """The arguments of a call, taken apart, where a :class:`ShapeDtypeStruct` may stand for a tensor; it takes no memory."""
+def bind_shapes(
+    fun: Callable[..., Any], static: StaticArguments, args: Sequence[Any], kwargs: Mapping[str, Any], who: str, instead: str
+) -> Call:
+    """The arguments of a call, taken apart, where a :class:`ShapeDtypeStruct` may stand for a tensor; it takes no memory.
+
+    Raises:
+        UnsupportedOperationError: a transform or a trace is at work; ``who`` was called, and ``instead`` should be.
+    """
+    if guards.inside_other():
+        raise UnsupportedOperationError(
+            f"{who} is called inside a transform, a trace or a mode of PyTorch, where operations are not what they look like. "
+            f"Call it outside, on the transformed function: {instead}."
+        )
     known: dict[int, torch.Tensor] = {}
 
     def example(leaf: Any) -> Any:

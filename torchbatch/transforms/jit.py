@@ -12,10 +12,10 @@ from torchbatch._torch import donate, guards
 from torchbatch.core import compile_log, tree
 from torchbatch.core.argnums import flatten
 from torchbatch.core.axes import InAxes, open_arguments
-from torchbatch.core.describe import function_name
+from torchbatch.core.describe import function_name, shown
 from torchbatch.core.executable import Backend, Executable
 from torchbatch.core.program import Program, mapped_sizes, one_at_a_time
-from torchbatch.core.signature import Call, StaticArguments, bind
+from torchbatch.core.signature import Call, StaticArguments, bind, flat_arguments
 from torchbatch.core.wrapper import Wrapper
 from torchbatch.errors import AxisSpecError, DonatedBufferError, InPlaceError, StaticArgumentError
 from torchbatch.transforms.eval_shape import bind_shapes
@@ -23,11 +23,12 @@ from torchbatch.transforms.stages import Lowered
 from torchbatch.transforms.vmap import Vmapped
 
 _is_compiling = torch.compiler.is_compiling
+_ABSENT: Any = ...
 _TICKETS = 8  # how many kinds of calls are recognised without building their keys
 
 
 def jit(
-    fun: Callable[..., Any] | None = None,
+    fun: Callable[..., Any] = _ABSENT,
     *,
     static_argnums: int | Sequence[int] | None = None,
     static_argnames: str | Sequence[str] | None = None,
@@ -54,10 +55,12 @@ def jit(
         mode, options: Inductor's settings, as in ``torch.compile``: ``mode="reduce-overhead"`` uses CUDA graphs,
             ``mode="max-autotune"`` tries several kernels.
         dynamic: whether the sizes of mapped axes are left open, so that one trace serves every batch size above 1. Where
-            ``fun`` is not itself a mapped function, it is traced twice at first: once to learn what it maps.
+            ``fun`` is not itself a mapped function, it is traced twice at first: once to learn what it maps. If it maps no axis
+            of an argument, a :class:`~torchbatch.errors.RetraceWarning` says so.
 
     Returns:
-        The compiled function, with ``lower``, ``clear_cache`` and ``cache_size`` as methods.
+        The compiled function, with ``lower``, ``clear_cache`` and ``cache_size`` as methods. That of a module has the
+        attributes of the module too: ``parameters()``, ``eval()``, ``state_dict()``.
 
     A *kind of call* is: the structure of the arguments; the shapes, dtypes, devices, strides and ``requires_grad`` of their
     tensors; the static values; grad mode, autocast, the default dtype and device. Python numbers are traced as tensors without
@@ -101,7 +104,7 @@ def jit(
     Source: ``jax.jit``; ``backend``, ``mode``, ``options`` and ``dynamic`` are those of ``torch.compile``.
     """
     options_ = (static_argnums, static_argnames, donate_argnums, backend, mode, options, dynamic)
-    if fun is None:
+    if fun is _ABSENT:
         return functools.partial(Jitted, options=options_)
     return Jitted(fun, options=options_)
 
@@ -114,11 +117,14 @@ class Jitted(Wrapper):
             raise AxisSpecError(f"jit compiles a function, but it got {fun!r} of type {type(fun).__name__}.")
         super().__init__(fun, options)
         static_argnums, static_argnames, donate_argnums, backend, mode, settings, self._dynamic = options
+        if not isinstance(self._dynamic, bool):
+            raise AxisSpecError(f"jit: dynamic must be True or False, but it is {shown(self._dynamic)}.")
         self._static = StaticArguments(fun, static_argnums, static_argnames)
         self._donated = _donated(fun, donate_argnums, self._static)
         self._backend = Backend(backend, mode, settings)
         self._cache = _Cache(function_name(fun))
         self._first: _Ticket | None = None
+        self._warned = False
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if _is_compiling():
@@ -130,7 +136,7 @@ class Jitted(Wrapper):
         return self._general(args, kwargs)
 
     def _general(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        leaves, structure = tree.flatten((args, kwargs))
+        leaves, structure = flat_arguments(args, kwargs)
         for ticket in self._cache.tickets:
             if ticket.is_plain and ticket.structure == structure and ticket.check(*leaves) and ticket.same_state():
                 self._first = ticket if ticket.is_bare else self._first
@@ -144,6 +150,8 @@ class Jitted(Wrapper):
             return self._strided(call)
         ticket = self._cache.ticket(call)
         entry = self._entry(call) if ticket is None else ticket.entry
+        if call.copied:
+            _refuse_writes(call, call.copied, entry, _COPIED)
         if self._donated:
             return entry.finish(entry.run(_take(call, self._donated)))
         if ticket is None:
@@ -156,12 +164,8 @@ class Jitted(Wrapper):
         strided = [i for i, value in enumerate(call.values) if not value.is_contiguous()]
         plain = call._replace(values=[value.contiguous() for value in call.values])
         entry = self._entry(plain)
-        for i in entry.trace.mutated:
-            if i in strided:
-                raise InPlaceError(
-                    f"jit: the function writes in place into argument {call.names()[i]}, which is not contiguous. With "
-                    f"dynamic=True pass a contiguous tensor, or return the new value."
-                )
+        _refuse_writes(call, call.copied, entry, _COPIED)
+        _refuse_writes(call, strided, entry, "is not contiguous, which dynamic=True takes a copy of")
         return entry.finish(entry.run(plain.values))
 
     def _entry(self, call: Call) -> Executable:
@@ -179,16 +183,46 @@ class Jitted(Wrapper):
             return Executable(self._program(call), self._backend)
 
     def _program(self, call: Call) -> Program:
-        return Program(call, _open_axes(call) if self._dynamic else None)
+        return Program(call, self._open_axes(call) if self._dynamic else None)
+
+    def _open_axes(self, call: Call) -> list[list[int]]:
+        axes = _open_axes(call)
+        if not self._warned and not any(axes) and any(value.dim() for value in call.values):
+            self._warned = True
+            compile_log.nothing_open(function_name(call.fun))
+        return axes
 
     def lower(self, /, *args: Any, **kwargs: Any) -> Lowered:
         """Trace the function for arguments like these, without compiling it or running it on numbers.
 
         Args:
             args, kwargs: arguments of the function; a :class:`~torchbatch.ShapeDtypeStruct` may stand for a tensor.
+
+        Raises:
+            UnsupportedOperationError: it is called inside a transform or a trace.
         """
-        call = bind_shapes(self.__wrapped__, self._static, args, kwargs)
+        call = bind_shapes(self.__wrapped__, self._static, args, kwargs, "lower", "jit(vmap(f)).lower(…)")
         return Lowered(self._program(call), self._backend)
+
+    def __getattr__(self, name: str) -> Any:
+        """The attributes of a compiled module are its own: ``jit(model).parameters()``."""
+        module = self.__dict__.get("__wrapped__")
+        if name.startswith("_") or not isinstance(module, torch.nn.Module):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        return self._chained(getattr(module, name))
+
+    def _chained(self, value: Any) -> Any:
+        """A method of the module that returns the module, such as ``eval``, as one that returns this object."""
+        module = self.__wrapped__
+        if getattr(value, "__self__", None) is not module:
+            return value
+
+        @functools.wraps(value)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            result = value(*args, **kwargs)
+            return self if result is module else result
+
+        return method
 
     def __repr__(self) -> str:
         return f"<jit of {function_name(self.__wrapped__)}>"
@@ -210,11 +244,11 @@ class _Ticket:
     __slots__ = ("check", "count", "entry", "finish", "is_bare", "is_plain", "kind", "run", "same_state", "single", "structure")
 
     def __init__(self, call: Call, entry: Executable) -> None:
-        captured, modes = entry.captured, entry.modes
+        captured, modules_same = entry.captured, entry.modules.same
         like = guards.tensors_like([*call.values, *captured])
         self.check: Callable[..., bool] = (lambda *values: like(*values, *captured)) if captured else like
-        if modes:
-            self.check = lambda *values: like(*values, *captured) and all(module.training is mode for module, mode in modes)
+        if entry.modules:
+            self.check = lambda *values: like(*values, *captured) and modules_same()
         self.same_state = guards.state_like_now()
         self.entry, self.run, self.single = entry, entry.run, entry.single
         self.finish: Callable[[Any], Any] = entry.finish
@@ -236,7 +270,7 @@ class _Cache:
         self._name = name
         self._entries: dict[Hashable, list[Executable]] = {}
         self._open: list[Executable] = []
-        self._known: list[dict[str, str]] = []
+        self._known: list[tuple[dict[str, str], dict[str, str], Executable]] = []
         self.tickets: tuple[_Ticket, ...] = ()
 
     @property
@@ -263,16 +297,34 @@ class _Cache:
         same = (entry for entry in self._entries.get(key, ()) if entry.surroundings_same())
         return next(same, None) or next((entry for entry in self._open if entry.accepts(call)), None)
 
-    def explain(self, call: Call) -> dict[str, str]:
+    def explain(self, call: Call) -> tuple[dict[str, str], dict[str, str]]:
         """Log why a call needs a trace; what describes the call."""
-        described = call.described()
-        compile_log.traced(self._name, self._known, described)
-        return described
+        described, outline = call.described(), call.outline()
+        differences = []
+        for old, old_outline, entry in self._known:
+            was, now = entry.changes()
+            found = compile_log.Difference.between(old | was, described | now)
+            differences.append(found if found else compile_log.Difference.between(old_outline, outline))
+        compile_log.traced(self._name, differences)
+        return described, outline
 
-    def store(self, key: Hashable, described: dict[str, str], entry: Executable) -> None:
+    def store(self, key: Hashable, described: tuple[dict[str, str], dict[str, str]], entry: Executable) -> None:
         """Keep a trace, and the description of the call that it was made for."""
-        self._known.append(described)
+        self._known.append((*described, entry))
         (self._open if entry.is_open else self._entries.setdefault(key, [])).append(entry)
+
+
+_COPIED = "is read through a copy, since it is conjugated, negated, reversed or of a foreign byte order"
+
+
+def _refuse_writes(call: Call, copied: Collection[int], entry: Executable, why: str) -> None:
+    """Refuse to write into copies of arguments, which the caller would not see."""
+    for i in entry.trace.mutated:
+        if i in copied:
+            raise InPlaceError(
+                f"jit: the function writes in place into argument {call.names()[i]}, which {why}. Pass a contiguous tensor, "
+                f"or return the new value."
+            )
 
 
 def _open_axes(call: Call) -> list[list[int]]:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from torchbatch._torch import guards
 from torchbatch.core.listing import of_trace
 from torchbatch.core.program import Program
 from torchbatch.core.signature import StaticArguments
 from torchbatch.core.wrapper import Wrapper
-from torchbatch.errors import AxisSpecError, TorchbatchError, UnsupportedOperationError
+from torchbatch.errors import AxisSpecError, TorchbatchError
 from torchbatch.transforms.eval_shape import ShapeDtypeStruct, bind_shapes
 
 
@@ -112,13 +111,9 @@ class _GraphMaker(Wrapper):
         self._return_shape = return_shape
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        if guards.inside_other():
-            raise UnsupportedOperationError(
-                "make_graph is called inside a transform, a trace or a mode of PyTorch, where operations are not what they look "
-                "like. Call it outside, on the transformed function: make_graph(vmap(f))(…)."
-            )
         with _as_make_graph(self.__wrapped__), torch.no_grad():
-            program = Program(bind_shapes(self.__wrapped__, self._static, args, kwargs))
+            call = bind_shapes(self.__wrapped__, self._static, args, kwargs, "make_graph", "make_graph(vmap(f))(…)")
+            program = Program(call)
         graph = Graph(program)
         return (graph, program.structure.unflatten(graph.outputs)) if self._return_shape else graph
 

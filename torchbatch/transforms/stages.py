@@ -21,19 +21,38 @@ from torchbatch.core.executable import Backend, Executable, check_apart
 from torchbatch.core.kind import Kind
 from torchbatch.core.listing import of_trace
 from torchbatch.core.program import Program, one_at_a_time
+from torchbatch.core.signature import flat_arguments
+from torchbatch.core.training import Modules
 from torchbatch.core.weak import WIDEST, as_weak
 from torchbatch.errors import InputTypeError, UnsupportedOperationError
 from torchbatch.transforms.eval_shape import ShapeDtypeStruct
 
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 
-Modes = Sequence[tuple[torch.nn.Module, bool]]
 _is_compiling = torch.compiler.is_compiling
 
 __all__ = ["Compiled", "Loaded", "Lowered", "load"]
 
 
-class Lowered:
+class _OfOneProcess:
+    """What belongs to the process that made it; a copy is the thing itself, as with functions."""
+
+    _instead = ""  # of pickling it
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedOperationError(f"{self!r} cannot be pickled. {self._instead}")
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+
+_SAVE = "Write it to a file with .save(path), and bring it back with torchbatch.load(path)."
+
+
+class Lowered(_OfOneProcess):
     """A function that was traced for one kind of call, and not compiled yet.
 
     Example:
@@ -51,6 +70,8 @@ class Lowered:
 
     Source: ``jax.stages.Lowered``.
     """
+
+    _instead = "Compile it first: .compile(). " + _SAVE
 
     def __init__(self, program: Program, backend: Backend) -> None:
         trace, call = program.trace, program.call
@@ -108,7 +129,7 @@ class Lowered:
         return analysis.observe(self._program.trace, [*self._kind.likes, *self._kind.captured])
 
 
-class _Served:
+class _Served(_OfOneProcess):
     """A callable for one kind of call.
 
     Args:
@@ -130,7 +151,7 @@ class _Served:
         bare = not kind.numbers and kind.structure == tree.flatten(((0,) * len(kind.likes), {}))[1]
         self._bare_count = len(kind.likes) if bare else -1
         self._is_single = structure == tree.flatten(0)[1]
-        self._modes: Modes = ()
+        self._modules = Modules()
         self._check: Callable[..., bool] = _never
         self._same_state: Callable[[], bool] = _never
 
@@ -154,7 +175,7 @@ class _Served:
     def _values(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """The flat tensors of a call, which is of the right kind."""
         kind = self._kind
-        leaves, structure = tree.flatten((args, kwargs))
+        leaves, structure = flat_arguments(args, kwargs)
         if structure == kind.structure and {type(leaves[i]) for i in kind.numbers} <= WIDEST.keys():
             for i in kind.numbers:
                 leaves[i] = as_weak(leaves[i])
@@ -162,14 +183,14 @@ class _Served:
                 return leaves
         call = kind.bind(args, kwargs)
         kind.check(call, self._captured)
-        _check_modes(kind.name, self._modes)
+        _check_modules(kind.name, self._modules)
         self._check, self._same_state = guards.tensors_like([*call.values, *self._captured]), self._state_like_now()
         return call.values
 
     def _state_like_now(self) -> Callable[[], bool]:
         """A function that tells whether all that is neither an argument nor a captured tensor is as it is now."""
-        same, modes = guards.state_like_now(), self._modes
-        return (lambda: same() and all(module.training is mode for module, mode in modes)) if modes else same
+        same, modules_same = guards.state_like_now(), self._modules.same
+        return (lambda: same() and modules_same()) if self._modules else same
 
 
 @guards.hidden_from_compile
@@ -178,15 +199,21 @@ def _uncompiled(fun: _Served, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return fun(*args, **kwargs)
 
 
-def _check_modes(name: str, modes: Modes) -> None:
-    """Refuse to run what was traced in training for evaluation, or the other way round."""
-    for module, training in modes:
-        if module.training is not training:
-            before, now = ("training", "evaluation")[:: 1 if training else -1]
-            raise InputTypeError(
-                f"{name} was compiled for another kind of call: its module {type(module).__name__} was in {before} mode when it "
-                f"was compiled, and is in {now} mode now. Compile it again, or call module.train({training})."
-            )
+def _check_modules(name: str, modules: Modules) -> None:
+    """Refuse to run what was traced in training for evaluation, or the other way round, or for other tensors."""
+    if modules.same():
+        return
+    before, now = modules.changes()
+    what = next(iter({**before, **now}))
+    was, new = before.get(what, "absent"), now.get(what, "absent")
+    if what.startswith("module "):
+        was, new, advice = f"in {was} mode", f"in {new} mode", f", or call module.train({was == 'training'})"
+    else:
+        advice = ""
+    raise InputTypeError(
+        f"{name} was compiled for another kind of call: its {what} was {was} when it was compiled, and is {new} now. Compile it "
+        f"again{advice}."
+    )
 
 
 def _never(*values: torch.Tensor) -> bool:
@@ -216,9 +243,11 @@ class Compiled(_Served):
     Source: ``jax.stages.Compiled``.
     """
 
+    _instead = _SAVE
+
     def __init__(self, kind: Kind, program: Program, executable: Executable) -> None:
         super().__init__(kind, executable.captured, executable.run, program.structure)
-        self._executable, self._modes = executable, executable.modes
+        self._executable, self._modules = executable, executable.modules
         self._likes = [*kind.likes, *kind.captured]
 
     @property
@@ -262,11 +291,12 @@ class Compiled(_Served):
         compiler. The tensors that the function closes over are saved as they are now.
 
         Args:
-            path: the file; what is there is replaced.
+            path: the file; one that is there is replaced, once the new one is complete.
 
         Raises:
             UnsupportedOperationError: the function can be differentiated (a file holds the forward pass only), or its arguments
                 are of a class that cannot be pickled.
+            FileNotFoundError, FileExistsError: there is no such folder, or ``path`` is a folder itself.
             CompilerError: the compiler fails, or there is none.
         """
         _check_can_be_saved(self._kind, self._executable, Path(path))
@@ -278,7 +308,7 @@ class Compiled(_Served):
             settings = backend.settings
             graph = package.compiled(exported, settings) if is_compiled else package.replayed(exported)
         devices = sorted({like.device.type for like in [*self._likes, *self._seen.outputs]})
-        package.write(path, package.Package(graph, trace.captured, call), compiled=is_compiled, devices=devices)
+        package.write(path, package.Package(graph, trace.captured, call), is_compiled=is_compiled, devices=devices)
 
     @functools.cached_property
     def _seen(self) -> Observed:
@@ -288,8 +318,10 @@ class Compiled(_Served):
 class Loaded(_Served):
     """A function from a file, which runs without gradients; see :func:`~torchbatch.load`."""
 
+    _instead = "Load the file once more where it is needed, with torchbatch.load(path)."
+
     def __init__(self, about: _About, captured: list[torch.Tensor], run: Run) -> None:
-        mutated = about.mutated
+        mutated, count = about.mutated, about.structure.num_leaves
 
         def with_captured(values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
             return run([*values, *captured])
@@ -298,9 +330,12 @@ class Loaded(_Served):
             values = [*values, *captured]
             written = [values[i] for i in mutated]
             check_apart(written, values)
-            outputs = run(values)
+            with torch.no_grad():
+                results = run(values)
+                for value, new in zip(written, results[count:], strict=False):  # writes that cross are made here
+                    value.copy_(new)
             torch.autograd.graph.increment_version(written)
-            return outputs
+            return results[:count]
 
         plain = with_captured if captured else run
         # No gradients are recorded: a call in which an argument requires one is refused, unless they are off.
@@ -406,6 +441,9 @@ def _check_can_be_saved(kind: Kind, executable: Executable, path: Path) -> None:
         )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"save: there is no folder {path.parent}.")
+    if path.exists() and not path.is_file():
+        what, folder = ("a folder", path) if path.is_dir() else ("no ordinary file", path.parent)
+        raise FileExistsError(f"save: {path} is {what}. Give the name of a file, such as {folder / 'name.torchbatch'}.")
 
 
 def _structs(structure: tree.TreeDef, likes: Sequence[Like]) -> Any:

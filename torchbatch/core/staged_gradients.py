@@ -1,0 +1,262 @@
+"""Gradients of the loops and choices of :mod:`torchbatch.core.staging`: each is differentiated as one function.
+
+The gradient of a scan is a scan in the other direction, whose step runs the step of the first one again, for the carry that it
+began with, and pulls the cotangents back through it. So what is kept for the backward pass is the carry of each step. The
+gradient of a choice is a choice between the gradients. As these are scans and choices themselves, they can be differentiated
+again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from torchbatch._torch import derivatives, wrappers
+from torchbatch.core import staging
+from torchbatch.core.choice import needs_gradient
+from torchbatch.core.derivative import is_inexact
+from torchbatch.core.enclosed import Surroundings, note
+
+Tensors = list[torch.Tensor]
+Step = Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]]
+Branch = Callable[[Tensors], Tensors]
+Cotangents = Sequence[torch.Tensor | None]
+
+
+def scan(step: Step, carry: Tensors, xs: Tensors, others: Tensors, length: int, reverse: bool) -> tuple[Tensors, Tensors]:
+    """``staging.scan`` of ``step(carry, x, others)``, which reads no other tensor that needs a gradient."""
+    if not _recorded([*carry, *xs, *others]):
+        return staging.scan(_bound(step, others), carry, xs, length, reverse)
+    call = _Scan(step, (len(carry), len(xs), len(others)), length, reverse)
+    out = _applied(call, [*carry, *xs, *others])
+    return out[: len(carry)], out[len(carry) : len(out) - len(carry)]
+
+
+def choose(index: torch.Tensor, branches: Sequence[Branch], inputs: Tensors) -> Tensors:
+    """``staging.choose`` of functions of ``inputs``, which read no other tensors that need a gradient."""
+    if not _recorded(inputs):
+        return staging.choose(index, [functools.partial(branch, inputs) for branch in branches])
+    return _applied(_Choice(branches), [index, *inputs])
+
+
+def _bound(step: Step, others: Tensors) -> staging.Step:
+    return lambda carry, x: step(carry, x, others)
+
+
+def _recorded(values: Sequence[torch.Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(is_inexact(value) and needs_gradient(value) for value in values)
+
+
+def _applied(call: _Call, inputs: Tensors) -> Tensors:
+    out: Sequence[torch.Tensor] = _Function.apply(call, *inputs, *call.surroundings.tokens)  # type: ignore[no-untyped-call]
+    note(out)
+    return list(out)
+
+
+class _Call:
+    """One loop or choice, as a function of tensors; the last of them are the tokens of its surroundings."""
+
+    def __init__(self) -> None:
+        self.surroundings = Surroundings()
+
+    def _split(self, values: Sequence[torch.Tensor]) -> tuple[Tensors, Tensors]:
+        count = len(values) - len(self.surroundings.tokens)
+        return list(values[:count]), list(values[count:])
+
+    def forward(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The outputs."""
+        inputs, tokens = self._split(values)
+        with self.surroundings.again(tokens):
+            return tuple(self.run(inputs))
+
+    def backward(self, values: Sequence[torch.Tensor], kept: Tensors, wanted: list[int], given: Cotangents) -> Cotangents:
+        """Cotangents of all inputs, None where they are not wanted."""
+        inputs, tokens = self._split(values)
+        with self.surroundings.again(tokens):
+            found = self.pull(inputs, kept, wanted, given)
+        result: list[torch.Tensor | None] = [None] * len(values)
+        for i, value in zip(wanted, found, strict=True):
+            result[i] = value
+        return result
+
+    def kept(self, outputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Which outputs the backward pass needs."""
+        return ()
+
+    def run(self, inputs: Tensors) -> Tensors:
+        raise NotImplementedError
+
+    def pull(self, inputs: Tensors, kept: Tensors, wanted: list[int], given: Cotangents) -> Tensors:
+        raise NotImplementedError
+
+
+class _Scan(_Call):
+    """A scan. Beside its own outputs it returns the carry that each step began with."""
+
+    def __init__(self, step: Step, counts: tuple[int, int, int], length: int, reverse: bool) -> None:
+        super().__init__()
+        self._step, self._counts, self._length, self._reverse = step, counts, length, reverse
+
+    def _parts(self, inputs: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+        carry, xs, _ = self._counts
+        return inputs[:carry], inputs[carry : carry + xs], inputs[carry + xs :]
+
+    def run(self, inputs: Tensors) -> Tensors:
+        carry, xs, others = self._parts(inputs)
+
+        def step(carry: Tensors, x: Tensors) -> tuple[Tensors, Tensors]:
+            new, ys = self._step(carry, x, others)
+            return new, [*ys, *carry]
+
+        new, ys = staging.scan(step, carry, xs, self._length, self._reverse)
+        return [*new, *ys]
+
+    def kept(self, outputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return outputs[len(outputs) - self._counts[0] :]
+
+    def pull(self, inputs: Tensors, kept: Tensors, wanted: list[int], given: Cotangents) -> Tensors:
+        carry, xs, others = self._parts(inputs)
+        first, ys = given[: len(carry)], given[len(carry) : len(given) - len(carry)]
+        begins = given[len(given) - len(carry) :]
+        plan = _Pull(self._step, wanted, carry, xs, others, [value is not None for value in ys])
+        begin = [_or_zeros(c, value) for c, value in zip(first, carry, strict=True) if is_inexact(value)]
+        sums = [torch.zeros_like(others[i]) for i in plan.others]
+        beside = [value for value in (*ys, *begins) if value is not None]
+        plan.begins = [value is not None for value in begins]
+        new, found = scan(plan, [*begin, *sums], [*kept, *xs, *beside], others, self._length, not self._reverse)
+        by_carry = dict(zip(plan.inexact, new, strict=False))
+        return [*[by_carry[i] for i in plan.carry], *found, *new[len(begin) :]]
+
+
+class _Pull:
+    """One step of the backward pass of a scan: from cotangents of what a step returned to those of what it was given."""
+
+    def __init__(self, step: Step, wanted: list[int], carry: Tensors, xs: Tensors, others: Tensors, has_ys: list[bool]) -> None:
+        self._step, self._counts, self._has_ys = step, (len(carry), len(xs)), has_ys
+        self.begins: list[bool] = []
+        self.inexact = [i for i, value in enumerate(carry) if is_inexact(value)]
+        start, end = len(carry), len(carry) + len(xs)
+        self.carry = [i for i in wanted if i < start]
+        self.xs = [i - start for i in wanted if start <= i < end]
+        self.others = [i - end for i in wanted if i >= end]
+
+    def __call__(self, cotangents: Tensors, x: Tensors, others: Tensors) -> tuple[Tensors, Tensors]:
+        count, slices = self._counts
+        carry, xs, rest = x[:count], x[count : count + slices], iter(x[count + slices :])
+        ys = [next(rest) if has else None for has in self._has_ys]
+        begins = [next(rest) if has else None for has in self.begins]
+        sources = [*[carry[i] for i in self.inexact], *[xs[i] for i in self.xs], *[others[i] for i in self.others]]
+
+        def flat(*values: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+            note(values)
+            own = iter(values)
+            given = [_with(carry, self.inexact, own), _with(xs, self.xs, own), _with(others, self.others, own)]
+            new, results = self._step(*given)
+            kept = [value for value, has in zip(results, self._has_ys, strict=True) if has]
+            return (*[new[i] for i in self.inexact], *kept), ()
+
+        ends = [*cotangents[: len(self.inexact)], *[value for value in ys if value is not None]]
+        found = list(derivatives.vjp(flat, sources)[2](ends, retain_graph=False)) if sources else []
+        note(found)
+        by_carry, by_x = found[: len(self.inexact)], found[len(self.inexact) : len(self.inexact) + len(self.xs)]
+        extra = [begins[i] for i in self.inexact]
+        by_carry = [value if more is None else value + more for value, more in zip(by_carry, extra, strict=True)]
+        sums = [a + b for a, b in zip(cotangents[len(self.inexact) :], found[len(by_carry) + len(by_x) :], strict=True)]
+        return [*by_carry, *sums], by_x
+
+
+def _with(values: Tensors, places: Sequence[int], new: Any) -> Tensors:
+    found = list(values)
+    for i in places:
+        found[i] = next(new)
+    return found
+
+
+def _or_zeros(cotangent: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like) if cotangent is None else cotangent
+
+
+class _Choice(_Call):
+    """A choice: its first input says which branch."""
+
+    def __init__(self, branches: Sequence[Branch]) -> None:
+        super().__init__()
+        self._branches = branches
+
+    def run(self, inputs: Tensors) -> Tensors:
+        index, *values = inputs
+        return staging.choose(index, [functools.partial(branch, values) for branch in self._branches])
+
+    def pull(self, inputs: Tensors, kept: Tensors, wanted: list[int], given: Cotangents) -> Tensors:
+        index, *values = inputs
+        places = [i - 1 for i in wanted]
+        ends = [value for value in given if value is not None]
+        has = [value is not None for value in given]
+        branches = [_pulled(branch, places, has) for branch in self._branches]
+        return choose(index, branches, [*values, *ends])
+
+
+def _pulled(branch: Branch, places: list[int], has: list[bool]) -> Branch:
+    """From the inputs of a branch and cotangents of some outputs to the cotangents of some inputs."""
+
+    def pulled(inputs: Tensors) -> Tensors:
+        values, ends = inputs[: len(inputs) - sum(has)], inputs[len(inputs) - sum(has) :]
+
+        def flat(*own: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+            note(own)
+            outputs = branch(_with(values, places, iter(own)))
+            return tuple([value for value, wanted in zip(outputs, has, strict=True) if wanted]), ()
+
+        found = list(derivatives.vjp(flat, [values[i] for i in places])[2](ends, retain_graph=False))
+        note(found)
+        return found
+
+    return pulled
+
+
+class _Function(torch.autograd.Function):
+    """Ties the outputs of a call to its inputs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: _Call, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return call.forward(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.call, *values = inputs
+        ctx.count = len(values)
+        saved = (*values, *ctx.call.kept(output))
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)  # the same: under vmap, PyTorch has one list of axes for both
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
+        saved = [wrappers.alive(value) for value in ctx.saved_tensors]
+        values, kept = saved[: ctx.count], saved[ctx.count :]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed and is_inexact(values[i])]
+        return (None, *ctx.call.backward(values, kept, wanted, cotangents))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        call, given = ctx.call, tangents[1:]
+        values = [wrappers.alive(value) for value in ctx.saved_tensors][: len(given)]
+        wanted = [i for i, tangent in enumerate(given) if tangent is not None]
+        inexact: list[bool] = []
+
+        def flat(*own: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+            note(own)
+            outputs = call.forward(_with(values, wanted, iter(own)))
+            inexact[:] = [is_inexact(value) for value in outputs]
+            return tuple([value for value in outputs if is_inexact(value)]), ()
+
+        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):  # turns forward mode on
+            values = [forward_ad.unpack_dual(value).primal for value in values]  # type: ignore[no-untyped-call]
+            found = iter(derivatives.jvp(flat, [values[i] for i in wanted], [given[i] for i in wanted])[1])
+        return tuple([next(found) if moves else None for moves in inexact])

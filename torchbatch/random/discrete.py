@@ -1,0 +1,296 @@
+"""Draws of integers, truth values and categories."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from torchbatch._torch import draw_ops
+from torchbatch.core.arrays import as_tensor
+from torchbatch.core.describe import describe, shown
+from torchbatch.errors import AxisError, AxisSpecError, InputTypeError
+from torchbatch.random.continuous import gumbels
+from torchbatch.random.keys import Key, KeyLike, parts, shape_of, single
+from torchbatch.random.uniforms import broadcast, unit
+from torchbatch.random.words import integers
+
+_MASK = 0xFFFFFFFF
+_UNSIGNED = {torch.uint16: (0, 2**16 - 1), torch.uint32: (0, 2**32 - 1)}
+_NARROW = (torch.int8, torch.int16, torch.uint8, torch.uint16)
+_DTYPES = (*_NARROW, torch.int32, torch.uint32, torch.int64)
+
+
+def bernoulli(key: KeyLike, p: Any = 0.5, shape: Sequence[int] | None = None, mode: str = "low") -> torch.Tensor:
+    """Truth values that are True with a given probability.
+
+    Shapes: ``[], [a] -> shape``.
+
+    Args:
+        key: a single key.
+        p: the probability of True, or a tensor of them of a floating-point dtype, in which is drawn.
+        shape: the shape of the result; None is that of ``p``.
+        mode: ``"low"`` draws one uniform number for each, ``"high"`` two, for probabilities near 0.
+
+    Returns:
+        A tensor of bools.
+
+    Raises:
+        InputTypeError, AxisError: ``key`` is no single key, or ``p`` no probability, or it does not fit ``shape``.
+        AxisSpecError: there is no such mode.
+
+    Example:
+        >>> from torchbatch import random
+        >>> random.bernoulli(random.key(0), 0.4, (3,))
+        tensor([False, False,  True])
+
+    Source: ``jax.random.bernoulli``.
+    """
+    found = single("bernoulli", key)
+    if mode not in ("low", "high"):
+        raise AxisSpecError(f"bernoulli: mode must be 'low' or 'high', but it is {shown(mode)}.")
+    probability = _probability("bernoulli", p, found)
+    size = broadcast("bernoulli", shape, p=probability)
+    if mode == "low":
+        return torch.lt(unit(found, size, probability.dtype), probability)
+    first, second = unit(found, (2, *size), probability.dtype)
+    return torch.lt(second * torch.finfo(probability.dtype).eps, probability - first)
+
+
+def _probability(name: str, p: Any, key: Key) -> torch.Tensor:
+    if isinstance(p, float):
+        return torch.tensor(p, dtype=torch.get_default_dtype(), device=key.device)
+    found = as_tensor(p)
+    if found is None or not found.is_floating_point():
+        raise InputTypeError(f"{name}: p must be a float or a tensor of a floating-point dtype, but it is {shown(p)}.")
+    return found
+
+
+def rademacher(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Numbers that are -1 or 1, equally likely.
+
+    Shapes: ``[] -> shape``.
+
+    Args:
+        key: a single key.
+        shape: the shape of the result.
+        dtype: any dtype that holds them; None is torch.int64.
+
+    Returns:
+        A tensor of ``shape``.
+
+    Raises:
+        InputTypeError, AxisError, AxisSpecError: as in :func:`uniform`.
+
+    Example:
+        >>> from torchbatch import random
+        >>> random.rademacher(random.key(0), (3,))
+        tensor([-1, -1,  1])
+
+    Source: ``jax.random.rademacher``.
+    """
+    found = single("rademacher", key)
+    return signs(found, shape_of("rademacher", shape), torch.int64 if dtype is None else dtype)
+
+
+def signs(key: Key, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """The same for a key that is known to be one."""
+    true = unit(key, shape, torch.get_default_dtype()) < 0.5
+    return 2 * true.to(dtype) - 1
+
+
+# --- integers --------------------------------------------------------------------------------------------------------
+
+
+def randint(
+    key: KeyLike, shape: Sequence[int], minval: Any, maxval: Any, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Integers that are uniformly distributed in ``[minval, maxval)``.
+
+    Shapes: ``[] -> shape``.
+
+    Args:
+        key: a single key.
+        shape: the shape of the result.
+        minval: the least number, or an integer tensor that broadcasts to ``shape``.
+        maxval: the upper bound, likewise; where it is not above ``minval``, the result is ``minval``.
+        dtype: an integer dtype. None gives the numbers of JAX with 32-bit integers, as torch.int64; the draw for torch.int64
+            itself takes twice as many bits, and so gives other numbers.
+
+    Returns:
+        A tensor of ``shape``.
+
+    Raises:
+        InputTypeError, AxisError: ``key`` is no single key, or the bounds are no integers, do not fit ``shape``, or, with
+            ``dtype=None``, need 64 bits.
+        AxisSpecError: ``shape`` is no tuple of ints, or ``dtype`` no such dtype.
+
+    Example:
+        >>> from torchbatch import random
+        >>> random.randint(random.key(0), (5,), 0, 10)
+        tensor([9, 0, 2, 3, 1])
+
+    Source: ``jax.random.randint``.
+    """
+    found = single("randint", key)
+    size = shape_of("randint", shape)
+    if dtype is not None and dtype not in _DTYPES:
+        raise AxisSpecError(f"randint: dtype must be an integer dtype (but not torch.uint64), but it is {shown(dtype)}.")
+    low, high = _integer("minval", minval, found), _integer("maxval", maxval, found)
+    broadcast("randint", size, minval=low, maxval=high)
+    if dtype is torch.int64:
+        return _in_64_bits(found, size, low, high)
+    if dtype is None:
+        _check_32_bits(low, high)
+    drawn = _in_32_bits(found, size, low, high, torch.int32 if dtype is None else dtype)
+    return drawn if dtype is None else _held(drawn, dtype)
+
+
+def _integer(argument: str, value: Any, key: Key) -> torch.Tensor:
+    if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
+        return torch.tensor(value, dtype=torch.int64, device=key.device)
+    found = as_tensor(value)
+    if found is None or found.is_floating_point() or found.is_complex() or found.dtype in (torch.bool, torch.uint64):
+        raise InputTypeError(f"randint: {argument} must be an integer of at most 63 bits, but it is {shown(value)}.")
+    return found.long()
+
+
+def _check_32_bits(low: torch.Tensor, high: torch.Tensor) -> None:
+    if draw_ops.is_plain() and bool(((low < -(2**31)) | (low >= 2**31)).any() | ((high < -(2**31)) | (high >= 2**31)).any()):
+        raise AxisError("randint: minval and maxval need more than 32 bits; give dtype=torch.int64.")
+
+
+def _in_32_bits(key: Key, shape: Sequence[int], low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The draw, as int64."""
+    least, most = _limits(dtype)
+    if dtype in _NARROW:
+        low, high = low.clamp(least, most), high.clamp(least, most + 1)
+        least, most = _limits(torch.int32)
+    beyond = high > most
+    low, high = low.clamp(least, most), high.clamp(least, most)
+    span = torch.where(high <= low, 1, (high - low) & _MASK)
+    span = torch.where(beyond & (high > low), (span + 1) & _MASK, span)
+    upper, lower = (integers(part, shape, 32).long() & _MASK for part in parts(key, 2))
+    power = _modulo(torch.full_like(span, 2**16), span)
+    power = _modulo((power * power) & _MASK, span)
+    offset = (_modulo(upper, span) * power + _modulo(lower, span)) & _MASK
+    return low + _modulo(offset, span)
+
+
+def _limits(dtype: torch.dtype) -> tuple[int, int]:
+    if dtype in _UNSIGNED:
+        return _UNSIGNED[dtype]
+    return torch.iinfo(dtype).min, torch.iinfo(dtype).max
+
+
+def _held(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """int64 as a narrower dtype."""
+    if dtype in _UNSIGNED:
+        half = {torch.uint16: torch.int16, torch.uint32: torch.int32}[dtype]
+        top = 1 << (8 * dtype.itemsize)
+        return draw_ops.same_bits(torch.where(value >= top // 2, value - top, value).to(half), dtype)
+    return torch.where(value > _MASK >> 1, value - 2**32, value).to(dtype)
+
+
+def _modulo(x: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
+    """The remainder, which for a span of 0, the whole range, is the number itself."""
+    return torch.where(span == 0, x, x % torch.where(span == 0, 1, span))
+
+
+def _in_64_bits(key: Key, shape: Sequence[int], low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    upper, lower = (integers(part, shape, 64) for part in parts(key, 2))
+    span = torch.where(high <= low, 1, high - low)  # unsigned from here on
+    power = _unsigned_modulo(torch.full_like(span, 2**32), span)
+    power = _unsigned_modulo(power * power, span)
+    offset = _unsigned_modulo(upper, span) * power + _unsigned_modulo(lower, span)
+    return low + _unsigned_modulo(offset, span)
+
+
+def _unsigned_modulo(x: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
+    """The remainder of 64-bit words that are read as unsigned numbers; ``span`` is not 0."""
+    top = torch.iinfo(torch.int64).min
+    large = span < 0  # 2**63 or more, which goes into a word once at most
+    positive = torch.where(large, 1, span)
+    quotient = ((x >> 1) & (2**63 - 1)) // positive
+    rest = x - ((quotient << 1) * positive)
+    rest = torch.where((rest ^ top) >= (positive ^ top), rest - positive, rest)
+    return torch.where(large, torch.where((x ^ top) >= (span ^ top), x - span, x), rest)
+
+
+# --- categories ------------------------------------------------------------------------------------------------------
+
+
+def categorical(
+    key: KeyLike,
+    logits: Any,
+    axis: int = -1,
+    shape: Sequence[int] | None = None,
+    replace: bool = True,
+    mode: str | None = None,
+) -> torch.Tensor:
+    """Categories whose probabilities are given by their logarithms.
+
+    Shapes: ``[], [a, n] -> [a]``.
+
+    Args:
+        key: a single key.
+        logits: logarithms of probabilities, up to a constant, of a floating-point dtype.
+        axis: the axis of the categories.
+        shape: the shape of the result, which ends with that of the other axes; None is just that.
+        replace: whether a category may be drawn more than once; if not, the axes of ``shape`` in front are one draw.
+        mode: as in :func:`gumbel`.
+
+    Returns:
+        A tensor of int64.
+
+    Raises:
+        InputTypeError, AxisError: ``key`` is no single key, ``logits`` are no numbers, ``axis`` or ``shape`` do not fit, or there
+            are fewer categories than are to be drawn.
+        AxisSpecError: there is no such mode.
+
+    Example:
+        >>> import torch
+        >>> from torchbatch import random
+        >>> random.categorical(random.key(0), torch.tensor([0.1, 0.2, 0.7]).log(), shape=(5,))
+        tensor([1, 2, 2, 1, 2])
+
+    Source: ``jax.random.categorical``.
+    """
+    found = single("categorical", key)
+    scores = as_tensor(logits)
+    if scores is None or not scores.is_floating_point() or not scores.dim():
+        raise InputTypeError(f"categorical: logits must be a tensor of a floating-point dtype with an axis, not {shown(logits)}.")
+    if not -scores.dim() <= axis < scores.dim():
+        raise AxisError(f"categorical: axis must be in [{-scores.dim()}, {scores.dim()}), but it is {axis}.")
+    axis %= scores.dim()
+    batch = (*scores.shape[:axis], *scores.shape[axis + 1 :])
+    size = batch if shape is None else shape_of("categorical", shape)
+    front = size[: len(size) - len(batch)]
+    if broadcast("categorical", size, logits=scores.select(axis, 0) if scores.shape[axis] else scores.sum(axis)) != size:
+        raise AxisError(f"categorical: shape must end with {batch}, but it is {size}.")
+    if replace:
+        inner = list(size[len(front) :])
+        inner.insert(axis, scores.shape[axis])
+        drawn = gumbels("categorical", found, (*front, *inner), scores.dtype, mode) + scores
+        return drawn.argmax(len(front) + axis)
+    return _without_replacement(found, scores, axis, size, front, mode)
+
+
+def _without_replacement(
+    key: Key, scores: torch.Tensor, axis: int, size: tuple[int, ...], front: tuple[int, ...], mode: str | None
+) -> torch.Tensor:
+    count = math.prod(front)
+    if count > scores.shape[axis]:
+        raise AxisError(
+            f"categorical: {count} categories are to be drawn without replacement, but there are {scores.shape[axis]} in "
+            f"{describe(scores)}."
+        )
+    found = first_of((scores + gumbels("categorical", key, scores.shape, scores.dtype, mode)).movedim(axis, -1), count)
+    return found.movedim(-1, 0).reshape(size)
+
+
+def first_of(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The places of the greatest numbers along the last axis, the greatest first; of equal ones the earlier is first."""
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count]
