@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 
 from torchbatch import random, tree
 
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -30,12 +33,25 @@ class Jax:
         return enable(on)
 
 
-@pytest.fixture(params=[True, False], ids=["partitionable", "original"])
-def both(request: pytest.FixtureRequest) -> Any:
-    """JAX in each of its modes, which is ours too."""
+@contextlib.contextmanager
+def in_mode(partitionable: bool) -> Iterator[Jax]:
     jax = pytest.importorskip("jax")
-    with jax.threefry_partitionable(request.param), random.threefry_partitionable(request.param):
-        yield Jax(jax, request.param)
+    with jax.threefry_partitionable(partitionable), random.threefry_partitionable(partitionable):
+        yield Jax(jax, partitionable)
+
+
+@pytest.fixture(params=[True, False], ids=["partitionable", "original"])
+def both(request: pytest.FixtureRequest) -> Iterator[Jax]:
+    """JAX in each of its modes, which is ours too."""
+    with in_mode(request.param) as found:
+        yield found
+
+
+@pytest.fixture(params=[True, False] if LONG else [True], ids=str)
+def modern(request: pytest.FixtureRequest) -> Iterator[Jax]:
+    """JAX in today's mode, for what is made of bits in the same way in both; in the long profile in each of them."""
+    with in_mode(request.param) as found:
+        yield found
 
 
 def same_bits(ours: Any, theirs: Any) -> None:

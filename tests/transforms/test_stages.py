@@ -416,3 +416,9 @@ def test_a_class_that_cannot_be_pickled(tmp_path):
     compiled = staged(lambda node: node.x + 1, Local(X)).compile()
     with pytest.raises(UnsupportedOperationError, match=r"save: the structure of .* cannot be pickled.*top of a module\."):
         compiled.save(tmp_path / "f")
+
+
+def test_a_loop_cannot_be_saved(tmp_path):
+    compiled = jit(lambda x: torchbatch.lax.fori_loop(0, 3, lambda i, y: y * 2, x), backend="eager").lower(torch.ones(2)).compile()
+    with pytest.raises(UnsupportedOperationError, match="has a loop or a choice inside"):
+        compiled.save(tmp_path / "loop.torchbatch")

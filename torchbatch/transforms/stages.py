@@ -439,6 +439,11 @@ def _check_can_be_saved(kind: Kind, executable: Executable, path: Path) -> None:
             f'save: {kind.name} was compiled by a backend of yours; only what backend="inductor" and backend="eager" make can be '
             f"saved."
         )
+    if trace.programs:
+        raise UnsupportedOperationError(
+            f"save: {kind.name} has a loop or a choice inside (torchbatch.lax), which a file cannot hold. Write the loop in Python, "
+            f"or save what one step computes."
+        )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"save: there is no folder {path.parent}.")
     if path.exists() and not path.is_file():
