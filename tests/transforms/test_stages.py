@@ -419,6 +419,7 @@ def test_a_class_that_cannot_be_pickled(tmp_path):
 
 
 def test_a_loop_cannot_be_saved(tmp_path):
-    compiled = jit(lambda x: torchbatch.lax.fori_loop(0, 3, lambda i, y: y * 2, x), backend="eager").lower(torch.ones(2)).compile()
+    doubled = jit(lambda x: torchbatch.lax.fori_loop(0, 3, lambda i, y: y * 2, x), backend="eager")
+    compiled = doubled.lower(torch.ones(2)).compile()
     with pytest.raises(UnsupportedOperationError, match="has a loop or a choice inside"):
         compiled.save(tmp_path / "loop.torchbatch")

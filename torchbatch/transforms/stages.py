@@ -441,8 +441,8 @@ def _check_can_be_saved(kind: Kind, executable: Executable, path: Path) -> None:
         )
     if trace.programs:
         raise UnsupportedOperationError(
-            f"save: {kind.name} has a loop or a choice inside (torchbatch.lax), which a file cannot hold. Write the loop in Python, "
-            f"or save what one step computes."
+            f"save: {kind.name} has a loop or a choice inside (torchbatch.lax), which a file cannot hold. Write the loop in "
+            f"Python, or save what one step computes."
         )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"save: there is no folder {path.parent}.")
