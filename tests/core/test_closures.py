@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from torchbatch import lax, value_and_grad, vmap
 from torchbatch.core.closures import tensors_in, with_tensors
 
 A, B = torch.ones(2), torch.zeros(2)
@@ -49,3 +50,16 @@ def test_a_function_may_close_over_itself_and_over_what_is_not_there_yet():
     fun = with_tensors(countdown, {id(B): A})
     later = 1
     assert fun(2).tolist() == [3, 3]
+
+
+def test_two_partials_are_told_apart():
+    """Their parts are looked at in tuples that are made for it, and may have one place in memory."""
+    x = torch.tensor([2.0, 3.0])
+
+    def fun(x):
+        times, plus = functools.partial(torch.mul, x), functools.partial(torch.add, x)
+        return lax.cond(x > 0, lambda: times(plus(torch.ones(()))), lambda: x)
+
+    values, slopes = vmap(value_and_grad(fun), axis_name="i")(x)
+    torch.testing.assert_close(values, x * (x + 1))
+    torch.testing.assert_close(slopes, 2 * x + 1)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import torchbatch
-from torchbatch import jit, lax, vmap
+from torchbatch import grad, jit, lax, vmap
 from torchbatch._torch import programs
+from torchbatch.errors import UnsupportedOperationError
 
 X = torch.linspace(-1, 2, 5)
 B = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
@@ -225,3 +226,15 @@ def test_a_program_that_is_gone_is_an_error():
 def test_importing_does_not_load_the_compiler():
     code = "import sys, torchbatch.lax; print([m for m in ('torch._dynamo', 'torch._inductor', 'sympy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("choice", [False, True])
+def test_the_gradient_of_a_step_that_draws_is_refused(choice):
+    def fun(w):
+        if choice:
+            return lax.cond(w > 0, lambda: w * torch.rand(()), lambda: w)
+        return lax.scan(lambda c, x: (c, w * torch.rand(())), torch.zeros(()), None, length=5)[1].sum()
+
+    with pytest.raises(UnsupportedOperationError, match="runs its steps a second time, and they draw random numbers"):
+        jit(grad(fun), backend="eager")(torch.ones(()))
+    assert jit(fun, backend="eager")(torch.ones(())) > 0

@@ -83,3 +83,8 @@ def test_outside_and_in_other_threads_nothing_is_checked():
         with pytest.raises(RandomnessError):
             random.normal(key)
     assert torch.equal(seen[0], random.normal(key))
+
+
+def test_choice_uses_its_key_once():
+    with random.debug_key_reuse():
+        assert random.choice(random.key(0), 5).shape == ()

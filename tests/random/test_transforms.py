@@ -9,6 +9,7 @@ import torch
 
 import torchbatch
 from torchbatch import grad, jit, jvp, random, tree, vmap
+from torchbatch.errors import AxisError
 from torchbatch.testing import loop
 
 T = torch.tensor
@@ -193,3 +194,18 @@ def test_gamma_gradients_are_those_of_jax():
         theirs = jax.grad(lambda a, name=name: getattr(jax.random, name)(jax.random.key(0), a, (50,)).sum())(1.7)
         ours = grad(lambda a, name=name: getattr(random, name)(random.key(0), a, (50,)).sum())(T(1.7))
         assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
+
+
+def test_bounds_that_are_too_large_are_refused_under_transforms():
+    keys = random.split(random.key(0), 3)
+    mapped, traced = vmap(lambda k: random.randint(k, (), 0, 2**40)), lambda k: random.randint(k[0], (), 0, 2**40)
+    for fun in (mapped, jit(traced, backend="eager")):
+        with pytest.raises(AxisError, match="need more than 32 bits"):
+            fun(keys)
+
+
+def test_few_numbers_are_on_the_keys_device():
+    key = random.key(0)
+    with torch.device("meta"):
+        assert {random.bits(key, (n,)).device.type for n in (3, 20)} == {"cpu"}
+        assert random.key_data(random.fold_in(key, 1)).device.type == random.key_data(random.split(key, 2)).device.type == "cpu"

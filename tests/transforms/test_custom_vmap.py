@@ -373,3 +373,23 @@ def test_an_error_in_the_rule_leaves_no_level_open(f):
         vmap(vmap(made, axis_name="i"), axis_name="o")(torch.ones(2, 3))
     assert torchbatch._torch.levels.depth() == 0
     same(vmap(f)(X, Y), plain(X, Y))
+
+
+def test_tangents_are_told_apart_from_values():
+    """A mapped argument comes before an unmapped one with an unmapped tangent."""
+
+    @custom_vmap
+    def f(x, y, z):
+        return x * y * z
+
+    seen = []
+
+    @f.def_vmap
+    def rule(size, batched, x, y, z):
+        seen.append(list(batched))
+        return x * y * z, True
+
+    one, x = torch.tensor(1.0), torch.tensor([1.0, 2.0])
+    primal, tangent = vmap(lambda x, t: jvp(f, (x, one, one), (x, one, t)))(x, 2 * x)
+    torch.testing.assert_close(primal, x)
+    torch.testing.assert_close(tangent, x + x + x * 2 * x)

@@ -22,7 +22,7 @@ from torch.utils._device import DeviceContext
 
 from torchbatch._torch import graphs, levels
 
-__all__ = ["hidden_from_compile", "inside_other", "state", "state_like_now", "tensors_like", "without_gradients"]
+__all__ = ["calls_like", "hidden_from_compile", "inside_other", "state", "state_like_now", "tensors_like", "without_gradients"]
 
 _guards: Any = torch._C._dynamo.guards
 _dispatch_modes: Callable[[], int] = getattr(_python_dispatch, "_len_torch_dispatch_stack")  # noqa: B009
@@ -63,6 +63,22 @@ def state_like_now() -> Callable[[], bool]:
     if device is None:
         return lambda: False
     return lambda: same() and _function_modes() == count and _default_device() == device and forward_ad._current_level < 0
+
+
+def calls_like(values: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    """A function of tensors that tells whether they are like ``values``, and all else is as it is now, ``others`` too.
+
+    It is what a call waits for, so it is one function: each further one would take as long as a check.
+    """
+    like, same = tensors_like([*values, *others]), state_like_now()
+    if _function_modes():
+        return lambda *found: like(*found, *others) and same()
+    alike: Callable[[], bool] = _guards.GlobalStateGuard().check
+    if others:
+        return lambda *found: (
+            like(*found, *others) and alike() and not _function_modes() and forward_ad._current_level < 0
+        )
+    return lambda *found: like(*found) and alike() and not _function_modes() and forward_ad._current_level < 0
 
 
 def _default_device() -> tuple[torch.device, int] | None:

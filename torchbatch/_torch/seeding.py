@@ -22,6 +22,7 @@ _marks = itertools.count(0x7B_5EED_0000_0000)
 
 class _Marked(threading.local):
     seed: int | None = None
+    repeats: str | None = None  # what runs a second time
 
 
 _marked = _Marked()
@@ -64,12 +65,27 @@ def set_back() -> None:
         mark()
 
 
+@contextlib.contextmanager
+def repeating(what: str) -> Iterator[None]:
+    """Inside, ``what`` runs a second time in a trace, where it would draw other numbers than the first time."""
+    outer, _marked.repeats = _marked.repeats, what
+    try:
+        yield
+    finally:
+        _marked.repeats = outer
+
+
 def drawn() -> None:
     """Take notice of a draw.
 
     Raises:
-        UnsupportedOperationError: the state of a generator was set before it.
+        UnsupportedOperationError: the state of a generator was set before it, or it was made before.
     """
+    if _marked.repeats is not None and _marked.seed is not None:
+        raise UnsupportedOperationError(
+            f"jit: the derivative of {_marked.repeats} runs its steps a second time, and they draw random numbers, which would "
+            f"be others. Draw outside, and pass the numbers in (scan's xs), or use torchbatch.random with a key."
+        )
     if _marked.seed is not None:
         check()
         mark()

@@ -36,7 +36,7 @@ from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
-from torchbatch._torch import batching, graphs, levels, wrappers
+from torchbatch._torch import batching, graphs, levels, seeding, wrappers
 from torchbatch._torch.captured import LIFTS, Captured, check_not_higher_order
 from torchbatch._torch.programs import Body, Like, Program
 from torchbatch.errors import InPlaceError
@@ -214,6 +214,8 @@ class _Within(TorchDispatchMode):
         check_not_higher_order(func)
         if func in LIFTS:
             return self._noted(func(*args, **(kwargs or {})))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            seeding.drawn()
         args, kwargs = self.captured.replaced(args, kwargs or {})
         return self._noted(func(*args, **kwargs))
 

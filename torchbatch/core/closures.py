@@ -31,6 +31,7 @@ class _Visitor:
 
     def __init__(self) -> None:
         self._seen: dict[int, Any] = {}
+        self._alive: list[Any] = []  # so that no other object gets the number of one that was seen
 
     def tensor(self, value: torch.Tensor) -> torch.Tensor:
         """What becomes of a tensor."""
@@ -43,6 +44,7 @@ class _Visitor:
         if type(value) not in (FunctionType, functools.partial, tuple, list, dict):
             return value
         if id(value) not in self._seen:
+            self._alive.append(value)
             self._seen[id(value)] = value  # a function may close over itself
             self._seen[id(value)] = self._visited(value)
         return self._seen[id(value)]

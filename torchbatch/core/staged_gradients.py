@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from torchbatch._torch import derivatives, wrappers
+from torchbatch._torch import derivatives, seeding, wrappers
 from torchbatch.core import staging
 from torchbatch.core.choice import needs_gradient
 from torchbatch.core.derivative import is_inexact
@@ -241,7 +241,8 @@ class _Function(torch.autograd.Function):
         saved = [wrappers.alive(value) for value in ctx.saved_tensors]
         values, kept = saved[: ctx.count], saved[ctx.count :]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed and is_inexact(values[i])]
-        return (None, *ctx.call.backward(values, kept, wanted, cotangents))
+        with seeding.repeating("a loop or choice (torchbatch.lax)"):
+            return (None, *ctx.call.backward(values, kept, wanted, cotangents))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -258,5 +259,6 @@ class _Function(torch.autograd.Function):
 
         with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):  # turns forward mode on
             values = [forward_ad.unpack_dual(value).primal for value in values]  # type: ignore[no-untyped-call]
-            found = iter(derivatives.jvp(flat, [values[i] for i in wanted], [given[i] for i in wanted])[1])
+            with seeding.repeating("a loop or choice (torchbatch.lax)"):
+                found = iter(derivatives.jvp(flat, [values[i] for i in wanted], [given[i] for i in wanted])[1])
         return tuple([next(found) if moves else None for moves in inexact])

@@ -143,6 +143,7 @@ def randint(
     if dtype is torch.int64:
         return _in_64_bits(found, size, low, high)
     if dtype is None:
+        _check_32_bits(minval, maxval)
         _check_32_bits(low, high)
     drawn = _in_32_bits(found, size, low, high, torch.int32 if dtype is None else dtype)
     return drawn if dtype is None else _held(drawn, dtype)
@@ -157,9 +158,18 @@ def _integer(argument: str, value: Any, key: Key) -> torch.Tensor:
     return found.long()
 
 
-def _check_32_bits(low: torch.Tensor, high: torch.Tensor) -> None:
-    if draw_ops.is_plain() and bool(((low < -(2**31)) | (low >= 2**31)).any() | ((high < -(2**31)) | (high >= 2**31)).any()):
+def _check_32_bits(*bounds: Any) -> None:
+    """Refuse bounds that are too large, so far as they are known: under a transform those are that are Python's numbers."""
+    known = [bound for bound in bounds if isinstance(bound, int) or (isinstance(bound, torch.Tensor) and draw_ops.is_plain())]
+    if any(bool(torch.as_tensor((bound < -(2**31)) | (bound >= 2**31)).any()) for bound in known):
         raise AxisError("randint: minval and maxval need more than 32 bits; give dtype=torch.int64.")
+
+
+def below(key: Key, shape: Sequence[int], most: int) -> torch.Tensor:
+    """Integers from 0 to ``most``, which is not among them, drawn with a key that was looked at before."""
+    _check_32_bits(most)
+    low, high = (torch.tensor(bound, dtype=torch.int64, device=key.device) for bound in (0, most))
+    return _in_32_bits(key, shape, low, high, torch.int32)
 
 
 def _in_32_bits(key: Key, shape: Sequence[int], low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

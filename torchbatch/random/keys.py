@@ -444,7 +444,7 @@ def _few_children(key: Key, count: int) -> torch.Tensor | None:
     if not key.partitionable:
         flat = first + second
         first, second = flat[0::2], flat[1::2]
-    return torch.tensor([first, second], dtype=torch.int32)
+    return torch.tensor([first, second], dtype=torch.int32, device=key.device)
 
 
 def parts(key: Key, count: int) -> list[Key]:
@@ -482,7 +482,7 @@ def fold_in(key: KeyLike, data: Any) -> Any:
             raise AxisError(f"fold_in: data must be in [0, 2**32), but it is {data}.")
         pairs = few(found, [(0, data)])
         if pairs is not None:
-            first, second = torch.tensor(pairs[0], dtype=torch.int32)
+            first, second = torch.tensor(pairs[0], dtype=torch.int32, device=found.device)
             return _styled(key, Key(first, second, found.partitionable))
         data = torch.tensor(draw_math.signed(data), dtype=torch.int32, device=found.device)
     word = _word("fold_in", "data", data)

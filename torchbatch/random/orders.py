@@ -12,7 +12,7 @@ from torchbatch.core.arrays import as_tensor
 from torchbatch.core.describe import describe, shown
 from torchbatch.errors import AxisError, InputTypeError
 from torchbatch.random.continuous import gumbels
-from torchbatch.random.discrete import first_of, randint
+from torchbatch.random.discrete import below, first_of
 from torchbatch.random.keys import Key, KeyLike, parts, shape_of, single
 from torchbatch.random.uniforms import unit
 from torchbatch.random.words import integers
@@ -142,7 +142,7 @@ def _places(key: Key, count: int, population: int, replace: bool, p: Any, mode: 
     if p is not None:
         return _weighted(key, count, population, replace, p, mode)
     if replace:
-        return randint(key, (count,), 0, population)
+        return below(key, (count,), population)
     return _shuffled(key, torch.arange(population, device=key.device), 0)[:count]
 
 

@@ -71,7 +71,7 @@ def _at_once(key: Key, count: int, width: int) -> torch.Tensor | None:
     if found is None:
         return None
     mask = -1 if width == 32 else (1 << width) - 1
-    return torch.tensor([(first ^ second) & mask for first, second in found], dtype=torch.int32)
+    return torch.tensor([(first ^ second) & mask for first, second in found], dtype=torch.int32, device=key.device)
 
 
 def _parallel(key: Key, shape: Sequence[int], width: int) -> torch.Tensor:

@@ -269,7 +269,8 @@ class _Pushed(_Mappable):
     def mapped(self, level: Level, values: Tensors, mapped: Sequence[bool]) -> tuple[list[torch.Tensor], list[bool]]:
         count, size = len(self.active), level.size
         moved = iter(mapped[count:])
-        flags = [flag or (active and next(moved)) for flag, active in zip(mapped, self.active, strict=False)]
+        tangents = [active and next(moved) for active in self.active]
+        flags = [flag or tangent for flag, tangent in zip(mapped, tangents, strict=False)]
         wanted = [*flags, *(flag for flag, active in zip(flags, self.active, strict=True) if active)]
         triples = zip(values, mapped, wanted, strict=True)
         full = [repeated(value, size).contiguous() if needed and not flag else value for value, flag, needed in triples]

@@ -130,7 +130,7 @@ class Jitted(Wrapper):
         if _is_compiling():
             return self.__wrapped__(*args, **kwargs)
         ticket = self._first
-        if ticket is not None and len(args) == ticket.count and not kwargs and ticket.check(*args) and ticket.same_state():
+        if ticket is not None and len(args) == ticket.count and not kwargs and ticket.check(*args):
             outputs = ticket.run([*args])
             return outputs[0] if ticket.single else ticket.finish(outputs)
         return self._general(args, kwargs)
@@ -138,7 +138,7 @@ class Jitted(Wrapper):
     def _general(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, structure = flat_arguments(args, kwargs)
         for ticket in self._cache.tickets:
-            if ticket.is_plain and ticket.structure == structure and ticket.check(*leaves) and ticket.same_state():
+            if ticket.is_plain and ticket.structure == structure and ticket.check(*leaves):
                 self._first = ticket if ticket.is_bare else self._first
                 return ticket.finish(ticket.run(leaves))
         if guards.inside_other():
@@ -241,15 +241,12 @@ class Jitted(Wrapper):
 class _Ticket:
     """A kind of call that can be recognised quickly."""
 
-    __slots__ = ("check", "count", "entry", "finish", "is_bare", "is_plain", "kind", "run", "same_state", "single", "structure")
+    __slots__ = ("check", "count", "entry", "finish", "is_bare", "is_plain", "kind", "run", "single", "structure")
 
     def __init__(self, call: Call, entry: Executable) -> None:
         captured, modules_same = entry.captured, entry.modules.same
-        like = guards.tensors_like([*call.values, *captured])
-        self.check: Callable[..., bool] = (lambda *values: like(*values, *captured)) if captured else like
-        if entry.modules:
-            self.check = lambda *values: like(*values, *captured) and modules_same()
-        self.same_state = guards.state_like_now()
+        like = guards.calls_like(call.values, captured)
+        self.check: Callable[..., bool] = (lambda *values: like(*values) and modules_same()) if entry.modules else like
         self.entry, self.run, self.single = entry, entry.run, entry.single
         self.finish: Callable[[Any], Any] = entry.finish
         self.kind, self.structure, self.count = call.kind, call.structure, len(call.values)
@@ -282,7 +279,7 @@ class _Cache:
         """What recognises a call, if anything does."""
         kind = call.kind
         for ticket in self.tickets:
-            if ticket.kind == kind and ticket.check(*call.values) and ticket.same_state():
+            if ticket.kind == kind and ticket.check(*call.values):
                 return ticket
         return None
 
