@@ -84,6 +84,7 @@ class Executable:
         self._kind = program.call.key_of_open() if self.is_open else None
         self._mutated = trace.mutated
         self.source: list[str] = []
+        self.direct: Run | None = None  # takes the captured tensors too, and returns the outputs, if nothing else is to be done
         if trace.differentiable:
             forward, self._backward_graph = compiler().partition(trace, decompose=compiled)
             with trace.mode:
@@ -121,6 +122,7 @@ class Executable:
         captured = self.captured
         anything = any(value.requires_grad for value in (*program.call.values, *captured))
         forward = guards.without_gradients(self._forward) if anything or self.backend.name != "inductor" else self._forward
+        self.direct = forward
 
         def run(values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
             values += captured  # in place: whoever is called frees the tensors as it goes

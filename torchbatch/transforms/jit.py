@@ -131,7 +131,7 @@ class Jitted(Wrapper):
             return self.__wrapped__(*args, **kwargs)
         ticket = self._first
         if ticket is not None and len(args) == ticket.count and not kwargs and ticket.check(*args):
-            outputs = ticket.run([*args])
+            outputs = ticket.run([*args, *ticket.captured])
             return outputs[0] if ticket.single else ticket.finish(outputs)
         return self._general(args, kwargs)
 
@@ -140,7 +140,7 @@ class Jitted(Wrapper):
         for ticket in self._cache.tickets:
             if ticket.is_plain and ticket.structure == structure and ticket.check(*leaves):
                 self._first = ticket if ticket.is_bare else self._first
-                return ticket.finish(ticket.run(leaves))
+                return ticket.finish(ticket.run([*leaves, *ticket.captured]))
         if guards.inside_other():
             return self.__wrapped__(*args, **kwargs)
         return self._bound(bind(self.__wrapped__, self._static, args, kwargs, (leaves, structure)))
@@ -241,13 +241,14 @@ class Jitted(Wrapper):
 class _Ticket:
     """A kind of call that can be recognised quickly."""
 
-    __slots__ = ("check", "count", "entry", "finish", "is_bare", "is_plain", "kind", "run", "single", "structure")
+    __slots__ = ("captured", "check", "count", "entry", "finish", "is_bare", "is_plain", "kind", "run", "single", "structure")
 
     def __init__(self, call: Call, entry: Executable) -> None:
         captured, modules_same = entry.captured, entry.modules.same
         like = guards.calls_like(call.values, captured)
         self.check: Callable[..., bool] = (lambda *values: like(*values) and modules_same()) if entry.modules else like
-        self.entry, self.run, self.single = entry, entry.run, entry.single
+        self.entry, self.single = entry, entry.single
+        self.run, self.captured = (entry.run, ()) if entry.direct is None else (entry.direct, tuple(captured))
         self.finish: Callable[[Any], Any] = entry.finish
         self.kind, self.structure, self.count = call.kind, call.structure, len(call.values)
         self.is_plain = not call.numbers and not call.statics
