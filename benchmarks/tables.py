@@ -25,7 +25,8 @@ def duration(seconds: float) -> str:
 def _cell(row: dict[str, Any], name: str) -> str:
     if name not in row["jit / other"]:
         return ""
-    ratio, asked = f"{row['jit / other'][name]:.2f}", row["asked"].get(name)
+    found, asked = row["jit / other"][name], row["asked"].get(name)
+    ratio = f"{found:.2f}" if found >= 0.01 else f"{found:.1g}"
     if asked is not None:
         ratio = f"**{ratio}**" + ("" if asked["reached"] else f" (asked: {asked['at most']:.2f})")
     return ratio
