@@ -214,3 +214,13 @@ def test_python_control_flow_in_a_body_is_refused_when_traced():
     step = lambda c, x: (c + x if x > 0 else c, c)  # noqa: E731
     with pytest.raises(errors.DataDependentError):
         torchbatch.jit(lambda x: lax.scan(step, torch.zeros(()), x), backend="eager")(torch.ones(3))
+
+
+def test_a_carry_that_is_written_and_handed_on_in_another_place():
+    def step(c, x):
+        a, b = c
+        a += x
+        return (b, a), a
+
+    with pytest.raises(errors.InPlaceError, match="step writes in place into its carry"):
+        lax.scan(step, (torch.zeros(2), torch.zeros(2)), torch.ones(4, 2))

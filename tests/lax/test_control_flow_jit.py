@@ -238,3 +238,39 @@ def test_the_gradient_of_a_step_that_draws_is_refused(choice):
     with pytest.raises(UnsupportedOperationError, match="runs its steps a second time, and they draw random numbers"):
         jit(grad(fun), backend="eager")(torch.ones(()))
     assert jit(fun, backend="eager")(torch.ones(())) > 0
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_a_condition_that_comes_to_vary_shows_others_what_a_sample_keeps(backend):
+    def fun(x):
+        return lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + x, s[1] + lax.psum(s[0], "i")), (0.0, 0.0))
+
+    mapped = vmap(fun, axis_name="i")
+    first, second = (jit(mapped, backend=backend) if backend else mapped)(torch.tensor([1.0, 2.0]))
+    assert first.tolist() == [3.0, 4.0] and second.tolist() == [9.0, 3.0]  # as in JAX
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, x):
+        return 2 * w * x
+
+    @staticmethod
+    def backward(ctx, tangent):
+        return 2 * tangent, 2 * tangent
+
+
+class Cell(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, c, x):
+        return Twice.apply(self.w, c) + x
+
+
+@pytest.mark.xfail(strict=True, reason="a tensor that an autograd.Function gets from an object is not found")
+def test_a_gradient_of_a_tensor_in_an_object():
+    cell, xs = Cell(), torch.ones(3)
+    jit(lambda xs: lax.scan(lambda c, x: (cell(c, x), None), torch.ones(()), xs)[0], backend="eager")(xs).backward()
+    assert cell.w.grad is not None

@@ -515,3 +515,14 @@ def test_closing_over_what_is_differentiated_is_an_error():
         outer(X.clone().requires_grad_(), Y.clone().requires_grad_())
     same(outer(X, Y), X * Y)
     same(vmap(outer)(X, Y), X * Y)
+
+
+def test_a_python_number_keeps_its_digits():
+    @custom_jvp
+    def scaled(x, a):
+        return x * a
+
+    scaled.defjvp(lambda primals, tangents: (scaled(*primals), tangents[0] * primals[1] + primals[0] * tangents[1]))
+    one = torch.ones((), dtype=torch.float64)
+    assert scaled(one, 0.1).item() == 0.1
+    assert grad(lambda x: scaled(x, 0.1))(one).item() == 0.1

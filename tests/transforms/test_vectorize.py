@@ -251,3 +251,9 @@ def test_other_errors():
         vectorize(lambda x, **rest: x, signature="(n)->(n)")(torch.ones(2), z=torch.ones(2))
     with pytest.raises(OutputTypeError, match="every output must be an array, but one is 'a'"):
         vectorize(lambda x: "a")(torch.ones(1))
+
+
+def test_a_python_number_keeps_its_digits():
+    x = torch.ones(3, dtype=torch.float64)
+    assert torch.equal(vectorize(lambda x, y: x * y)(x, 0.1), x * 0.1)
+    assert vectorize(lambda x, y: x * y)(x.float(), 0.1).dtype == torch.float32

@@ -165,8 +165,8 @@ def check_kept(leaves: Sequence[torch.Tensor], new: Sequence[torch.Tensor], befo
     Raises:
         InPlaceError: it did.
     """
-    for old, value, mark in zip(leaves, new, before, strict=False):
-        if value is old and levels.innermost(old)._version != mark:
+    for old, mark in zip(leaves, before, strict=False):
+        if levels.innermost(old)._version != mark and any(value is old for value in new):
             raise InPlaceError(
                 f"{who}: {function_name(fun)} writes in place into its carry, which holds values that other steps return too. "
                 "Return a new value: carry + x in the place of carry += x."

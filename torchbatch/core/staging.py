@@ -14,6 +14,7 @@ from torchbatch._torch import staged
 from torchbatch._torch.programs import Choice, Scan, While
 from torchbatch._torch.staged import Grown, Named, Path, Places, Stack, Staged
 from torchbatch.core.enclosed import note
+from torchbatch.core.frames import in_scope
 from torchbatch.core.scalars import is_batched, looks_across, of_a_sample, selected
 
 Tensors = list[torch.Tensor]
@@ -85,7 +86,8 @@ def repeat_while(condition: Callable[[Tensors], torch.Tensor], fun: Callable[[Te
             except Grown as grown:
                 need = need | grown.places
                 if not loop.masked and _is_batched_in(stack, need, len(values) - 1):
-                    loop.masked, need = True, frozenset()
+                    loop.mask()
+                    need = frozenset()
         program = While([found.body], found.results, carried=len(first))
         out = staged.called(program, [*staged.flat(first), *found.captured])
         new = stack.raised(dict(zip(sorted(first), out, strict=True)), need)[: len(carry)]
@@ -105,6 +107,10 @@ class _WhileLoop:
         self._condition, self._fun, self._carry, self._holding = condition, fun, carry, holding
         self.masked = is_batched(holding)
         self._seen = self.masked and looks_across(holding)
+
+    def mask(self) -> None:
+        """Samples may end at different times, as it turns out."""
+        self.masked, self._seen = True, any(name is not None for name, *_ in in_scope.stack)
 
     def values(self) -> Tensors:
         """What the loop begins with."""

@@ -315,6 +315,7 @@ def _per_sample(
         leaves = new if everyone else selected(holding, new, leaves)
         valid = given
         holding = predicate(condition, carry.rebuild(leaves))
+        seen = seen or looks_across(holding)
         count, samples = holds(holding)
     return leaves
 

@@ -12,10 +12,11 @@ from torchbatch._torch import derivatives, lowered
 from torchbatch.core import argnums as argnums_
 from torchbatch.core import custom, tree
 from torchbatch.core.argnums import argument_name
+from torchbatch.core.arrays import as_tensor_beside
 from torchbatch.core.custom import CustomFunction, Rule, Tensors
 from torchbatch.core.derivative import FLOAT0, as_tensor, conjugate, is_inexact
 from torchbatch.core.describe import describe, function_name, shown
-from torchbatch.core.parcel import Parcel, number_as_tensor, positional, positional_names
+from torchbatch.core.parcel import Parcel, positional, positional_names
 from torchbatch.errors import GradientTypeError, GradientValueError, InputTypeError, UnsupportedOperationError
 
 __all__ = ["custom_jvp", "custom_vjp"]
@@ -77,7 +78,7 @@ class _Arguments:
         return tensors
 
     def _converted(self, trees: list[Any], leaf: Any, number: int) -> torch.Tensor:
-        found = number_as_tensor(leaf, number)
+        found = as_tensor_beside(leaf, tree.flatten(trees)[0])
         if found is None:
             name = self._names(trees)[number]
             raise InputTypeError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 
 from torchbatch.core import tree
 from torchbatch.core.argnums import argument_name
-from torchbatch.core.arrays import as_tensor
+from torchbatch.core.arrays import as_tensor, as_tensor_beside
 from torchbatch.core.describe import describe, function_name, shown
 from torchbatch.core.parcel import positional_names
 from torchbatch.core.wrapper import Wrapper
@@ -156,7 +156,7 @@ class Vectorized(Wrapper):
         for key, core in zip(looped, cores, strict=True):
             name = key if isinstance(key, str) else argument_name(self.__wrapped__, key)
             if given[key] is not None:
-                slots.append(Slot(key, name, _tensor(given[key], name), core))
+                slots.append(Slot(key, name, _tensor(given[key], name, given.values()), core))
             elif core:
                 raise AxisError(
                     f"vectorize: argument {name} is None, but the signature {self._text()!r} gives it the axes {_shown(core)}. "
@@ -193,8 +193,8 @@ def _parsed(signature: Any) -> Signature:
     return Signature(signature, inputs, outputs)
 
 
-def _tensor(value: Any, name: str) -> torch.Tensor:
-    found = as_tensor(value)
+def _tensor(value: Any, name: str, others: Iterable[Any]) -> torch.Tensor:
+    found = as_tensor_beside(value, others)
     if found is None:
         raise InputTypeError(
             f"vectorize: argument {name} is {shown(value)}, which is not an array. Name it in excluded= to hand it on as it is."
