@@ -1,6 +1,6 @@
 """torchbatch: JAX's ``vmap`` for PyTorch."""
 
-from torchbatch import errors, lax, random, tree
+from torchbatch import errors, lax, per_example, random, tree
 from torchbatch._torch.fallback import fallback
 from torchbatch.transforms.checkpoint import checkpoint
 from torchbatch.transforms.custom_derivatives import custom_jvp, custom_vjp
@@ -35,6 +35,7 @@ __all__ = [
     "linearize",
     "load",
     "make_graph",
+    "per_example",
     "random",
     "sequential_vmap",
     "stack_modules",

@@ -13,7 +13,9 @@ Source: the formulas in the documentation of ``torch.nn.LSTM``, ``GRU`` and ``RN
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -161,6 +163,26 @@ def _folded(value: Tensor, level: int, size: int, axis: int) -> Tensor:
     return inside.flatten(axis, axis + 1)
 
 
+class _Stepwise(threading.local):
+    active = False
+
+
+_stepwise = _Stepwise()
+
+
+@contextlib.contextmanager
+def step_by_step() -> Iterator[None]:
+    """Networks run step by step also where nothing is mapped yet: a trace of one sample will be."""
+    was, included = _stepwise.active, overlay.is_included(overlay.KEY)
+    _stepwise.active = True
+    overlay.include(overlay.KEY, True)
+    try:
+        yield
+    finally:
+        _stepwise.active = was
+        overlay.include(overlay.KEY, included)
+
+
 def _varies(value: Tensor) -> bool:
     return levels.is_wrapped(value) and any(True for _ in levels.batch_levels(value))
 
@@ -176,7 +198,8 @@ def _instead(step: Step, packet: Any) -> Callable[[overlay.Operator], overlay.Op
             transform = lowered.innermost()
             if transform is not None and x.numel() and _fits_beside(transform, [x, *moving], weights, bool(dropout and train)):
                 return _beside(packet, transform, x, moving, (weights, *options), 0 if batch_first else 1)
-            if any(map(_varies, (x, *moving, *weights))) or (transform is not None and transform.is_forward):
+            stepwise = _stepwise.active or any(map(_varies, (x, *moving, *weights)))
+            if stepwise or (transform is not None and transform.is_forward):
                 return network(x, moving, weights, *options)
             return original(x, states, weights, *options)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 
 def value(node: Node) -> torch.Tensor:
@@ -35,7 +36,7 @@ def operands(node: Node) -> list[Node]:
 def add(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
     """A new operation, with the value that it has on fakes."""
     made = graph.call_function(target, args, kwargs)
-    made.meta["val"] = target(*(value(arg) if isinstance(arg, Node) else arg for arg in args), **kwargs)
+    made.meta["val"] = target(*map_arg(args, value), **kwargs)
     return made
 
 

@@ -1,0 +1,216 @@
+"""The gradients of one parameter for all examples of a batch, whole or as products, and what can be had of them.
+
+Shapes: a batch of B examples, a parameter of m x n numbers, t places at which an example uses it. ``rows`` are ``[B, g, m, t]``
+and ``columns`` ``[B, g, t, n]``, where g counts groups that do not mix (those of a convolution); B numbers go in as ``[B]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchbatch._torch.factored import Convolution, Lookup, Made, Parts, Product
+
+_backward = torch.ops.aten.convolution_backward.default
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The real dtype in which numbers of a dtype are summed."""
+    real = dtype.to_real()
+    return torch.float32 if real.itemsize < 4 else real
+
+
+class Gradients:
+    """The gradients of one parameter, for each example.
+
+    Args:
+        parameter: ``[*shape]``.
+        results: what the function of :func:`~torchbatch._torch.factored.taken_apart` returned, mapped over the examples.
+        parts: where the gradient and its factors are among these.
+    """
+
+    def __init__(self, parameter: Tensor, results: Sequence[Any], parts: Parts) -> None:
+        self.shape, self.dtype, self.device = parameter.shape, parameter.dtype, parameter.device
+        self.whole: Tensor = results[parts.whole]
+        self.count: int = self.whole.shape[0]
+        terms = parts.terms
+        self.why = terms.why if isinstance(terms, Made) else ""
+        self._terms: list[Any] = [] if isinstance(terms, Made) else [_made(*term, results) for term in terms]
+
+    @classmethod
+    def made(cls, parameter: Tensor, whole: Tensor) -> Gradients:
+        """Gradients that exist already."""
+        return cls(parameter, [whole], Parts(0, Made("it was asked for as a whole")))
+
+    def squares(self) -> Tensor:
+        """The sum of squares, ``[B]``."""
+        terms = self._terms
+        if not terms or not all(self._is_worth(term, other) for term in terms for other in terms):
+            return _squares(self.made_whole())
+        return sum(_inner(a, b) * (1 if i == j else 2) for i, a in enumerate(terms) for j, b in enumerate(terms) if i <= j)
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """The sum over the examples, each times its weight; ``[*shape]``."""
+        if not self._terms:
+            flat = self.whole.flatten(1)
+            return (weights.to(flat.dtype) @ flat).reshape(self.shape)
+        found = [term.weighted(weights) for term in self._terms]
+        return sum(found[1:], found[0]).reshape(self.shape)
+
+    def weighted_squares(self, weights: Tensor) -> Tensor:
+        """The sum over the examples of the squares, number by number, each times its weight; ``[*shape]``."""
+        if self._is_plain():
+            term = self._terms[0]
+            return _Products(_squared(term.rows), _squared(term.columns)).weighted(weights).reshape(self.shape)
+        flat = _squared(self.made_whole().reshape(self.count, -1))
+        return (weights.to(flat.dtype) @ flat).reshape(self.shape)
+
+    def flat(self) -> Tensor:
+        """The gradients themselves, ``[B, numbers]``."""
+        return self.made_whole().reshape(self.count, -1)
+
+    def projected(self, matrix: Tensor) -> Tensor:
+        """The inner products with ``matrix[k, *shape]``, ``[B, k]``."""
+        if self._is_plain():
+            rows, columns = self._terms[0].rows[:, 0, :, 0], self._terms[0].columns[:, 0, 0]
+            height, width = rows.shape[1], columns.shape[1]
+            by_columns = columns @ matrix.reshape(-1, width).T  # [B, k * m]
+            return (by_columns.reshape(self.count, -1, height) @ rows[:, :, None])[:, :, 0]
+        return self.flat() @ matrix.flatten(1).T
+
+    def against(self, other: Gradients) -> Tensor:
+        """The inner products with those of another batch, ``[B, C]``."""
+        if self._is_plain() and other._is_plain():
+            mine, theirs = self._terms[0], other._terms[0]
+            rows = mine.rows.flatten(1) @ theirs.rows.flatten(1).T
+            return rows * (mine.columns.flatten(1) @ theirs.columns.flatten(1).T)
+        return self.flat() @ other.flat().conj().T
+
+    def _is_plain(self) -> bool:
+        """Whether each is the product of two vectors."""
+        terms = self._terms
+        return len(terms) == 1 and isinstance(terms[0], _Products) and terms[0].places == terms[0].sizes[0] == 1
+
+    def how(self) -> str:
+        """In words, what is done for the sum of squares."""
+        if not self._terms:
+            return f"made for each example: {self.why}"
+        if not all(self._is_worth(term, other) for term in self._terms for other in self._terms):
+            return "summed as a product; made for each example for its norm, which costs less than the products of its factors"
+        return "never made: its norm and its sum come from the factors of its product"
+
+    def _is_worth(self, term: Any, other: Any) -> bool:
+        """Whether the inner products of factors cost less than the gradient."""
+        if self.dtype.is_complex or isinstance(term, _Convolutions) or isinstance(other, _Convolutions):
+            return False
+        rows, columns = term.sizes[1:]
+        both = term.places * other.places * ((0 if term.is_lookup or other.is_lookup else rows) + columns)
+        made = (term.places + other.places) / 2 * (0 if term.is_lookup else rows) * columns + rows * columns
+        return both < made
+
+    def made_whole(self) -> Tensor:
+        """The gradients, in whatever shape they are made."""
+        if len(self._terms) == 1 and isinstance(self._terms[0], _Products):
+            return self._terms[0].whole()
+        return self.whole
+
+
+def _squares(whole: Tensor) -> Tensor:
+    flat = whole.flatten(1)
+    flat = torch.view_as_real(flat).flatten(1) if flat.is_complex() else flat
+    return flat.to(wide(flat.dtype)).square().sum(1)
+
+
+def _squared(values: Tensor) -> Tensor:
+    return (values * values.conj()).real if values.is_complex() else values.square()
+
+
+def _made(kind: Any, positions: Sequence[int], rest: Sequence[Any], results: Sequence[Any]) -> Any:
+    tensors = [results[position] for position in positions]
+    return _CLASSES[kind](*tensors, *rest)
+
+
+class _Products:
+    """``rows @ columns``."""
+
+    is_lookup = False
+
+    def __init__(self, rows: Tensor, columns: Tensor) -> None:
+        self.rows, self.columns = rows, columns
+        self.places: int = rows.shape[3]
+        self.sizes = rows.shape[1], rows.shape[2], columns.shape[3]
+
+    def whole(self) -> Tensor:
+        """``[B, g, m, n]``."""
+        return self.rows @ self.columns
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        rows, columns = self.rows, self.columns
+        scaled = weights.to(rows.dtype)[:, None, None, None]
+        rows, columns = (rows * scaled, columns) if rows.numel() < columns.numel() else (rows, columns * scaled)
+        groups, height, width = self.sizes
+        left = rows.permute(1, 2, 0, 3).reshape(groups, height, -1)
+        right = columns.permute(1, 0, 2, 3).reshape(groups, -1, width)
+        return left[0] @ right[0] if groups == 1 else left @ right
+
+
+class _Lookups:
+    """``columns`` added up in rows that numbers say; ``[B, t]`` and ``[B, t, n]``."""
+
+    is_lookup = True
+
+    def __init__(self, numbers: Tensor, columns: Tensor, count: int) -> None:
+        self.numbers, self.columns, self.count = numbers, columns[:, None], count
+        self.places: int = numbers.shape[1]
+        self.sizes = 1, count, columns.shape[2]
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        scaled = self.columns[:, 0] * weights.to(self.columns.dtype)[:, None, None]
+        zeros = scaled.new_zeros(self.count, self.sizes[2])
+        return zeros.index_add(0, self.numbers.reshape(-1), scaled.reshape(-1, self.sizes[2]))
+
+
+class _Convolutions:
+    """The gradients of the weight of a convolution: ``[B, b, c, *out]`` of its outputs, and ``[B, b, c, *in]``, its inputs."""
+
+    is_lookup = False
+
+    def __init__(self, cotangent: Tensor, given: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> None:
+        self._cotangent, self._given, self._weight, self._settings = cotangent, given, weight, settings
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        cotangent = self._cotangent * weights.to(self._cotangent.dtype).reshape(-1, *[1] * (self._cotangent.dim() - 1))
+        found = _backward(
+            cotangent.flatten(0, 1), self._given.flatten(0, 1), self._weight[0], None, *self._settings, [False, True, False]
+        )
+        weight: Tensor = found[1]
+        return weight
+
+
+_CLASSES = {Product: _Products, Lookup: _Lookups, Convolution: _Convolutions}
+
+
+def _inner(a: Any, b: Any) -> Tensor:
+    """The inner products of two terms of the same gradients, ``[B]``, from their factors."""
+    kind = wide(a.columns.dtype)
+    if a.places == 1 and b is a and not a.is_lookup:
+        rows, columns = a.rows[..., 0].to(kind), a.columns[:, :, 0].to(kind)
+        return (rows.square().sum(2) * columns.square().sum(2)).sum(1)
+    if a.is_lookup and not b.is_lookup:
+        a, b = b, a
+    columns = a.columns.to(kind) @ b.columns.to(kind).transpose(2, 3)
+    return (_rows_inner(a, b, kind) * columns).flatten(1).sum(1)
+
+
+def _rows_inner(a: Any, b: Any, kind: torch.dtype) -> Tensor:
+    """``[B, g, t, s]``, the inner products of the rows of two terms."""
+    if a.is_lookup:
+        return (a.numbers[:, :, None] == b.numbers[:, None, :]).to(kind)[:, None]
+    if b.is_lookup:
+        picked = b.numbers[:, None, :, None].expand(-1, a.rows.shape[1], -1, a.places)
+        return a.rows.to(kind).gather(2, picked).transpose(2, 3)
+    return a.rows.to(kind).transpose(2, 3) @ b.rows.to(kind)
+

@@ -1,0 +1,137 @@
+"""The loss of one example, as a function of parameters and of the example: from a function, or from a module and a criterion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchbatch.core import tree
+from torchbatch.core.describe import describe, function_name, shown
+from torchbatch.errors import AxisSpecError, GradientTypeError, InputTypeError
+
+Adapter = Callable[..., tuple[Any, Any]]
+
+
+class FunctionLoss:
+    """``loss(params, *example)``, as the user wrote it."""
+
+    def __init__(self, fun: Callable[..., Any]) -> None:
+        self.fun, self.__name__ = fun, function_name(fun)
+
+    def split(self, args: tuple[Any, ...], who: str) -> tuple[Any, Any]:
+        """The parameters and the batch of a call."""
+        if len(args) < 2:
+            raise InputTypeError(
+                f"{who}: a function of parameters and an example is called with the parameters and a batch, "
+                f"{who}({self.__name__})(params, *batch), but it got {len(args)} argument(s)."
+            )
+        return args[0], self.batch(args[1:], who)
+
+    def batch(self, args: tuple[Any, ...], who: str) -> Any:
+        """The batch that the arguments beside the parameters make."""
+        return args
+
+    def check(self, who: str) -> None:
+        """There is nothing to be said before the call."""
+
+    def __call__(self, params: Any, example: Any) -> Any:
+        return self.fun(params, *example)
+
+
+class ModuleLoss:
+    """What a criterion says of a module's output, for one example, which the module sees as a batch of one.
+
+    Args:
+        model: the module; it stays what it is.
+        criterion: a function of the output and the targets, or None if the output is the loss or has it as ``.loss``.
+        targets: how many of a call's last arguments are targets.
+        adapter: makes ``(inputs, targets)`` of a call's arguments.
+    """
+
+    def __init__(self, model: nn.Module, criterion: Callable[..., Any] | None, targets: int, adapter: Adapter | None) -> None:
+        self.model, self.criterion, self._targets, self._adapter = model, criterion, targets, adapter
+        self.__name__ = type(model).__name__
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The parameters that are trained, by name; one that has several names is there once."""
+        return {name: value.detach() for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def split(self, args: tuple[Any, ...], who: str) -> tuple[Any, Any]:
+        """The parameters and the batch of a call."""
+        return self.parameters(), self.batch(args, who)
+
+    def batch(self, args: tuple[Any, ...], who: str) -> Any:
+        """The batch that arguments make: inputs by position and by name, and targets."""
+        if self._adapter is not None:
+            found = self._adapter(*args)
+            if not isinstance(found, tuple) or len(found) != 2:
+                raise AxisSpecError(
+                    f"{who}: the adapter must return a pair (inputs, targets), but it returned {shown(found)}."
+                )
+            inputs, targets = found
+        else:
+            count = self._targets if self.criterion is not None else 0
+            if len(args) < count + 1:
+                raise InputTypeError(
+                    f"{who}: {self.__name__} is called with its inputs and then {count} target(s), but it got {len(args)} "
+                    f"argument(s). If your batches look otherwise, say targets=… or give an adapter that makes (inputs, targets)."
+                )
+            inputs, targets = args[: len(args) - count], args[len(args) - count :]
+        positional, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else (_as_tuple(inputs), {})
+        return positional, named, () if targets is None else _as_tuple(targets)
+
+    def check(self, who: str) -> None:
+        """Refuse a module that mixes the examples of a batch."""
+
+    def __call__(self, params: dict[str, torch.Tensor], example: Any) -> Any:
+        leaves, structure = tree.flatten(example)
+        positional, named, targets = structure.unflatten([_batch_of_one(leaf) for leaf in leaves])
+        output = torch.func.functional_call(self.model, params, positional, named)
+        if self.criterion is not None:
+            return _one_number(self.criterion(output, *targets), "the criterion returned")
+        return _one_number(getattr(output, "loss", output), f"without a criterion, the output of {self.__name__} is")
+
+
+def _as_tuple(values: Any) -> tuple[Any, ...]:
+    return tuple(values) if isinstance(values, tuple | list) else (values,)
+
+
+def _batch_of_one(leaf: Any) -> Any:
+    return leaf[None] if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _one_number(value: Any, what: str) -> Any:
+    if not isinstance(value, torch.Tensor):
+        raise GradientTypeError(f"per-example gradients need the loss of one example, a number, but {what} {shown(value)}.")
+    if value.numel() != 1:
+        raise GradientTypeError(
+            f"per-example gradients need the loss of one example, a number, but for a batch of one {what} {describe(value)}. "
+            f"Take its sum or its mean."
+        )
+    return value.reshape(())
+
+
+def loss_of(model: Any, criterion: Any, targets: int, adapter: Adapter | None, who: str) -> FunctionLoss | ModuleLoss:
+    """The loss of one example in one form.
+
+    Raises:
+        AxisSpecError: options that do not go together.
+        InputTypeError: it is neither a function nor a module.
+    """
+    if isinstance(model, nn.Module):
+        if criterion is not None and not callable(criterion):
+            raise AxisSpecError(f"{who}: criterion must be a function of the output and the targets, but it is {shown(criterion)}.")
+        if isinstance(targets, bool) or not isinstance(targets, int) or targets < 0:
+            raise AxisSpecError(f"{who}: targets counts the arguments that are targets, but it is {shown(targets)}.")
+        return ModuleLoss(model, criterion, targets, adapter)
+    if not callable(model):
+        raise InputTypeError(f"{who} takes a function loss(params, *example) or a module, but it got {shown(model)}.")
+    if criterion is not None or adapter is not None:
+        raise AxisSpecError(
+            f"{who}: criterion and adapter go with a module, but {function_name(model)} is a function, which returns the loss "
+            f"of one example itself."
+        )
+    return FunctionLoss(model)

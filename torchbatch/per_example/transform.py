@@ -1,0 +1,213 @@
+"""What the functions of :mod:`torchbatch.per_example` have in common: from a loss and a batch to a quantity."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from torchbatch._torch import guards
+from torchbatch._torch.staged import is_staging
+from torchbatch.core import tree
+from torchbatch.core.describe import shown
+from torchbatch.core.wrapper import Wrapper
+from torchbatch.errors import AxisSpecError, CompilerError
+from torchbatch.per_example import draws
+from torchbatch.per_example.batch import Batch, Params, size_of
+from torchbatch.per_example.factors import wide
+from torchbatch.per_example.losses import Adapter, loss_of
+from torchbatch.transforms.jit import jit
+
+Found = tuple[list[Tensor], list[Tensor]]
+
+
+class Options(TypedDict, total=False):
+    """The options that all quantities have; :func:`~torchbatch.per_example.gradients` says what they mean."""
+
+    targets: int
+    adapter: Adapter | None
+    chunk_size: int | Literal["auto"] | None
+    compile: bool | Literal["auto"]
+
+
+class Quantity:
+    """What is computed of the gradients of a batch."""
+
+    def extra(self, params: Params) -> list[Tensor]:
+        """Tensors that :meth:`of` needs beside the batch."""
+        return []
+
+    def of(self, batch: Batch, extra: list[Tensor]) -> Found:
+        """Tensors with a row for each example, and tensors that are added up over chunks."""
+        raise NotImplementedError
+
+    def add(self, total: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+        """What two chunks give together."""
+        return [a + b for a, b in zip(total, new, strict=True)]
+
+    def finish(self, each: list[Tensor], total: list[Tensor], params: Params, count: int) -> Any:
+        """The result, for all examples."""
+        raise NotImplementedError
+
+
+class PerExample(Wrapper):
+    """A quantity of the per-example gradients of a loss, as a function of a batch."""
+
+    def __init__(self, who: str, quantity: Quantity, model: Any, criterion: Any, options: Options) -> None:
+        chunk_size, compile_ = _checked(who, options)
+        loss = loss_of(model, criterion, options.get("targets", 1), options.get("adapter"), who)
+        super().__init__(model, criterion)
+        self._loss, self._quantity, self._who = loss, quantity, who
+        self._chunk_size, self._compile = chunk_size, compile_
+        self._runs = {name: jit(self._compute, static_argnums=1, backend=name) for name in ("eager", "inductor")}
+        self._seen: set[Any] = set()
+        self._told: list[str] = []
+
+    def __call__(self, /, *args: Any) -> Any:
+        self._loss.check(self._who)
+        given, batch = self._loss.split(args, self._who)
+        params, count = Params(given, self._who), size_of(batch, self._who)
+        inside = guards.inside_other()
+        with contextlib.nullcontext() if inside else torch.no_grad():
+            run = self._inside if inside else self._from_seed
+            each, total = run(params, batch, count)
+        return self._quantity.finish(each, total, params, count)
+
+    def explain(self, /, *args: Any) -> str:
+        """How each parameter's gradients are gone about, for arguments like these; nothing is computed.
+
+        Example:
+            >>> import torch
+            >>> from torchbatch import per_example
+            >>> model = torch.nn.Linear(3, 2)
+            >>> norms = per_example.norms(model, torch.nn.functional.mse_loss)
+            >>> print(norms.explain(torch.ones(5, 3), torch.ones(5, 2)))
+            bias    made for each example: it is a vector
+            weight  never made: its norm and its sum come from the factors of its product
+        """
+        given, batch = self._loss.split(args, self._who)
+        params, count = Params(given, self._who), size_of(batch, self._who)
+        chunk = Chunk.of(batch, 0, max(count, 1), max(count, 1), params)
+        with torch.no_grad():
+            self._runs["eager"].lower(*self._arguments(params, chunk, torch.zeros(2, dtype=torch.int32)))
+        names = params.names() if self._told else []
+        width = max(map(len, names), default=0)
+        lines = [f"{name:{width}}  {how}" for name, how in zip(names, self._told, strict=True)]
+        return "\n".join(lines) or f"{self._who} needs no gradients of single examples: it is a forward-mode derivative"
+
+    def _from_seed(self, params: Params, batch: Any, count: int) -> Found:
+        """All examples; what they draw follows from the state of PyTorch's generator."""
+        words = draws.seed()
+        results, drew = self._over_chunks(params, batch, count, words)
+        if drew:
+            draws.move_on()
+        return results
+
+    def _inside(self, params: Params, batch: Any, count: int) -> Found:
+        """All examples, where a transform or a trace is at work: at once, as part of it."""
+        words = torch.randint(-(2**31), 2**31, (2,)).to(torch.int32) if is_staging() else torch.zeros(2, dtype=torch.int32)
+        each, total, _ = self._compute(*self._arguments(params, Chunk.of(batch, 0, count, count, params), words))
+        return each, total
+
+    def _over_chunks(self, params: Params, batch: Any, count: int, words: Tensor) -> tuple[Found, bool]:
+        size, start = self._size(params, batch, count), 0
+        rows: list[list[Tensor]] = []
+        total: list[Tensor] | None = None
+        drew, backend = False, self._backend(params, batch, size)
+        while start < count or total is None:
+            chunk = Chunk.of(batch, start, min(size, count - start), size, params)
+            try:
+                each, new, drew_here = self._run(backend, *self._arguments(params, chunk, words))
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                size = _half(size, self._who, error)
+                continue
+            rows.append([value[: chunk.length] for value in each])
+            total = new if total is None or not start else self._quantity.add(total, new)
+            drew, start = drew or bool(drew_here), start + max(chunk.length, 1)
+        return ([torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*rows, strict=True)], total), drew
+
+    def _size(self, params: Params, batch: Any, count: int) -> int:
+        return max(count, 1) if self._chunk_size is None else int(self._chunk_size)
+
+    def _arguments(self, params: Params, chunk: Chunk, words: Tensor) -> tuple[Any, ...]:
+        device = params.leaves[0].device
+        keys = draws.keys(words.to(device), chunk.start, chunk.size)
+        extra = [value.detach() for value in self._quantity.extra(params)]
+        return [leaf.detach() for leaf in params.leaves], params.structure, chunk.values, keys, chunk.present, extra
+
+    def _backend(self, params: Params, batch: Any, size: int) -> str:
+        """Which backend of jit runs a call: with ``compile="auto"`` Inductor, if there was a call of that kind before."""
+        if self._compile != "auto":
+            return "inductor" if self._compile else "eager"
+        leaves = tree.flatten(batch)[0]
+        key = size, *((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in (*params.leaves, *leaves))
+        known = key in self._seen
+        self._seen.add(key)
+        return "inductor" if known else "eager"
+
+    def _run(self, backend: str, *arguments: Any) -> Any:
+        try:
+            return self._runs[backend](*arguments)
+        except CompilerError as error:
+            if self._compile != "auto":
+                raise
+            self._compile = False
+            warnings.warn(f"{self._who} runs uncompiled, since the compiler failed: {error}", RuntimeWarning, stacklevel=5)
+            return self._runs["eager"](*arguments)
+
+    def _compute(self, leaves: Any, structure: Any, examples: Any, keys: Tensor, present: Tensor, extra: Any) -> Any:
+        batch = Batch(self._loss, leaves, structure, examples, keys, present)
+        each, total = self._quantity.of(batch, extra)
+        self._told = batch.told
+        return each, total, batch.draws
+
+
+class Chunk(NamedTuple):
+    """Some examples of a batch, filled up to a size with copies of the last one."""
+
+    start: int
+    length: int
+    size: int
+    values: Any
+    present: Tensor
+
+    @classmethod
+    def of(cls, batch: Any, start: int, length: int, size: int, params: Params) -> Chunk:
+        """``length`` examples from number ``start`` on. Where there are none, zeros take their place."""
+        first = params.leaves[0]
+        dtype = torch.float64 if any(wide(leaf.dtype) is torch.float64 for leaf in params.leaves) else torch.float32
+        present = torch.ones(size, dtype=dtype, device=first.device)
+        if length < size:
+            present[length:] = 0
+        return cls(start, length, size, tree.map_leaves(lambda leaf: _part(leaf, start, length, size), batch), present)
+
+
+def _part(leaf: Tensor, start: int, length: int, size: int) -> Tensor:
+    part = leaf.detach()[start : start + length]
+    if length == size:
+        return part
+    last = part[-1:] if length else part.new_zeros(1, *part.shape[1:])
+    return torch.cat([part, last.expand(size - length, *last.shape[1:])])
+
+
+def _half(size: int, who: str, error: BaseException) -> int:
+    if size == 1:
+        raise error
+    warnings.warn(f"{who}: out of memory with {size} examples at a time; trying {size // 2}.", RuntimeWarning, stacklevel=5)
+    return size // 2
+
+
+def _checked(who: str, options: Options) -> tuple[Any, Any]:
+    unknown = sorted(set(options) - set(Options.__annotations__))
+    if unknown:
+        raise AxisSpecError(f"{who} has no option {unknown[0]!r}. Its options are {', '.join(Options.__annotations__)}.")
+    chunk_size, compile_ = options.get("chunk_size"), options.get("compile", "auto")
+    is_int = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size > 0
+    if not (chunk_size in (None, "auto") or is_int):
+        raise AxisSpecError(f'{who}: chunk_size must be a positive int, "auto" or None, but it is {shown(chunk_size)}.')
+    if not (isinstance(compile_, bool) or compile_ == "auto"):
+        raise AxisSpecError(f'{who}: compile must be True, False or "auto", but it is {shown(compile_)}.')
+    return chunk_size, compile_
