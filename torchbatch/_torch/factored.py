@@ -6,12 +6,12 @@ an inner product) is had from the two for less than from the product, which need
 
 What is looked at is the graph of one example: there are no batch axes in it, so a product stands there as one.
 
-Operators used: those of ``torch.ops.aten``, as torch 2.11, 2.13 and 2.15 have them. Private names used, seen on the same:
-``torch.utils._python_dispatch._disable_current_modes``.
+Operators used: those of ``torch.ops.aten``, as torch 2.11, 2.13 and 2.15 have them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -19,12 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils._python_dispatch import _disable_current_modes
 
-from torchbatch._torch.programs import numbers_in
-from torchbatch._torch.recurrent import step_by_step
+from torchbatch._torch.programs import OPERATORS
 from torchbatch._torch.rewriting import add, shape, value
-from torchbatch._torch.staged import stage
 
 _aten = torch.ops.aten
 _SAME = frozenset((_aten.clone.default, _aten.detach.default, _aten.alias.default, _aten.lift_fresh_copy.default))
@@ -86,17 +83,26 @@ def find(graph: Graph, gradient: Any) -> list[Term] | Made:
     """
     if not isinstance(gradient, Node):
         return Made("it is zero")
-    if value(gradient).dim() < 2:
+    if sum(size != 1 for size in shape(gradient)) < 2:
         return Made("it is a vector")
     with graph.inserting_before(graph.output_node()):
         try:
-            return _added_up(graph, [_in_order(graph, placed, gradient) for placed in _terms(graph, gradient)])
+            return _added_up(graph, _resolved(graph, gradient))
         except _Whole as reason:
             return Made(str(reason))
 
 
+def _resolved(graph: Graph, node: Any) -> list[Term]:
+    """The terms that add up to a node, with their numbers in the order of the node's."""
+    if not isinstance(node, Node):
+        raise _Whole("it comes from a number")
+    return [_in_order(graph, placed, node) for placed in _terms(graph, node)]
+
+
 def _terms(graph: Graph, node: Node) -> list[_Placed]:
     target, args = node.target, node.args
+    if target in _BLOCKS:
+        return [_Placed(term, ()) for term in _BLOCKS[target](graph, node)]
     if target is _aten._to_copy.default and args and _widens(node):
         return [placed._replace(term=_cast(graph, placed.term, value(node).dtype)) for placed in _terms(graph, args[0])]  # type: ignore[arg-type]
     if target in _SAME or (target in _MOVES and value(node).numel() == value(node.args[0]).numel()):  # type: ignore[arg-type]
@@ -115,6 +121,8 @@ def _terms(graph: Graph, node: Node) -> list[_Placed]:
 def _name(node: Node) -> str:
     if node.target is operator.getitem:
         return _name(node.args[0])  # type: ignore[arg-type]
+    if node.target in OPERATORS:
+        return "a loop or a choice of torchbatch.lax"
     return str(getattr(node.target, "__name__", node.target)).partition(".")[0] if node.op == "call_function" else "an input"
 
 
@@ -238,6 +246,165 @@ _RULES: dict[Any, Callable[[Graph, Node], Term]] = {
 }
 
 
+# --- what acts along one axis of a product acts on one of its factors ------------------------------------------------
+
+Change = Callable[[Node, int], Node]
+
+
+def _changed(graph: Graph, term: Term, sizes: Sequence[int], axis: int, change: Change) -> Term:
+    """A term of a tensor of some sizes, after something was done along one axis of it that is linear along the axis.
+
+    Args:
+        graph: where the operations go.
+        term: in the order of the tensor's numbers.
+        sizes: of the tensor.
+        axis: of the tensor.
+        change: what is done to a factor, along an axis of it.
+    """
+    axis = axis % len(sizes)
+    if isinstance(term, Convolution):
+        raise _Whole("it is a part of the weight of a convolution")
+    if isinstance(term, Lookup):
+        if axis == 0:
+            raise _Whole("it takes rows of what is looked up")
+        return term._replace(columns=_along(graph, term.columns, [shape(term.columns)[0], *sizes[1:]], axis, change, 1))
+    groups, rows, places = shape(term.rows)
+    first, last = _bounds(sizes, groups, rows, shape(term.columns)[2])
+    product = term
+    if axis < last:
+        whole = [*sizes[:last], places]
+        product = product._replace(rows=_along(graph, term.rows, whole, axis, change, first, last))
+    if axis < first or axis >= last:
+        whole = [*sizes[:first], places, *sizes[last:]]
+        axis = axis if axis < first else axis - last + first + 1
+        product = product._replace(columns=_along(graph, term.columns, whole, axis, change, first, first + 1))
+    return product
+
+
+def _along(graph: Graph, factor: Node, sizes: Sequence[int], axis: int, change: Change, *splits: int) -> Node:
+    """A factor with its axes apart, changed along one of them, and put together again to axes that begin at ``splits``."""
+    made = change(add(graph, _aten.reshape.default, factor, list(sizes)), axis)
+    found = shape(made)
+    edges = [0, *splits, len(found)]
+    merged = [math.prod(found[low:high]) for low, high in itertools.pairwise(edges)]
+    return add(graph, _aten.reshape.default, made, merged)
+
+
+def _bounds(sizes: Sequence[int], groups: int, rows: int, columns: int) -> tuple[int, int]:
+    """Which axes are those of the groups, ``[:first]``, of the rows, ``[first:last]``, and of the columns, ``[last:]``."""
+    for first in range(len(sizes) + 1):
+        for last in range(first, len(sizes) + 1):
+            if (math.prod(sizes[:first]), math.prod(sizes[first:last]), math.prod(sizes[last:])) == (groups, rows, columns):
+                return first, last
+    raise _Whole("its axes are mixed after it is made")
+
+
+def _embedded(graph: Graph, term: Term, sizes: Sequence[int], axis: int, total: int, start: int, step: int = 1) -> Term:
+    """A term that is a part of a larger tensor, along an axis that has ``total`` places there, with zeros in the others."""
+    axis = axis % len(sizes)
+    end = start + (sizes[axis] - 1) * step + 1
+    if isinstance(term, Lookup) and axis == 0 and step == 1:
+        return term._replace(numbers=add(graph, _aten.add.Tensor, term.numbers, start), count=total)
+
+    def within(factor: Node, at: int) -> Node:
+        whole = list(shape(factor))
+        whole[at] = total
+        return add(graph, _aten.slice_backward.default, factor, whole, at, start, end, step)
+
+    return _changed(graph, term, sizes, axis, within)
+
+
+def _slice_backward(graph: Graph, node: Node) -> list[Term]:
+    given, sizes, axis, start, _, step = node.args
+    axis, inner = int(axis) % len(sizes), shape(given)  # type: ignore[arg-type]
+    start = start + sizes[axis] if start < 0 else start  # type: ignore[index, operator]
+    return [_embedded(graph, term, inner, axis, sizes[axis], start, step) for term in _resolved(graph, given)]  # type: ignore[index, arg-type]
+
+
+def _select_backward(graph: Graph, node: Node) -> list[Term]:
+    given, sizes, axis, index = node.args
+    axis = int(axis) % len(sizes)  # type: ignore[arg-type]
+    inner = [*sizes[:axis], 1, *sizes[axis + 1 :]]  # type: ignore[index]
+    return [_embedded(graph, term, inner, axis, sizes[axis], index % sizes[axis]) for term in _resolved(graph, given)]  # type: ignore[index, operator]
+
+
+def _joined(graph: Graph, node: Node) -> list[Term]:
+    """``cat``: each part with zeros in the places of the others."""
+    parts: Any = node.args[0]
+    axis = (int(node.args[1]) if len(node.args) > 1 else 0) % len(shape(node))  # type: ignore[arg-type]
+    total, start, found = shape(node)[axis], 0, []
+    for part in parts:
+        found += [_embedded(graph, term, shape(part), axis, total, start) for term in _resolved(graph, part)]
+        start += shape(part)[axis]
+    return found
+
+
+def _stacked(graph: Graph, node: Node) -> list[Term]:
+    parts: Any = node.args[0]
+    axis = (int(node.args[1]) if len(node.args) > 1 else 0) % len(shape(node))  # type: ignore[arg-type]
+    inner = [*shape(node)[:axis], 1, *shape(node)[axis + 1 :]]
+    return [
+        _embedded(graph, term, inner, axis, len(parts), i) for i, part in enumerate(parts) for term in _resolved(graph, part)
+    ]
+
+
+def _sliced(graph: Graph, node: Node) -> list[Term]:
+    given, axis, *rest = node.args
+
+    def part(factor: Node, at: int) -> Node:
+        return add(graph, _aten.slice.Tensor, factor, at, *rest)
+
+    return [_changed(graph, term, shape(given), int(axis), part) for term in _resolved(graph, given)]  # type: ignore[arg-type]
+
+
+def _selected(graph: Graph, node: Node) -> list[Term]:
+    given, axis, index = node.args
+
+    def part(factor: Node, at: int) -> Node:
+        return add(graph, _aten.slice.Tensor, factor, at, index, index + 1 or None)  # type: ignore[operator]
+
+    return [_changed(graph, term, shape(given), int(axis), part) for term in _resolved(graph, given)]  # type: ignore[arg-type]
+
+
+def _summed(graph: Graph, node: Node) -> list[Term]:
+    """A sum over all groups of a product is a product of longer factors; over rows or columns, of factors summed."""
+    given: Any = node.args[0]
+    sizes, axes = list(shape(given)), [int(axis) % len(shape(given)) for axis in node.args[1]]  # type: ignore[union-attr, arg-type]
+    terms = _resolved(graph, given)
+    for axis in axes:
+        if sizes[axis] != 1:
+            terms = [_summed_along(graph, term, sizes, axis) for term in terms]
+            sizes[axis] = 1
+    return terms
+
+
+def _summed_along(graph: Graph, term: Term, sizes: Sequence[int], axis: int) -> Term:
+    if isinstance(term, Product):
+        groups, rows, places = shape(term.rows)
+        columns = shape(term.columns)[2]
+        if axis < _bounds(sizes, groups, rows, columns)[0]:
+            if sizes[axis] != groups:
+                raise _Whole("it is a sum over some of the groups of a product")
+            left = add(graph, _aten.reshape.default, add(graph, _aten.permute.default, term.rows, [1, 0, 2]), [1, rows, groups * places])
+            return Product(left, add(graph, _aten.reshape.default, term.columns, [1, groups * places, columns]))
+
+    def total(factor: Node, at: int) -> Node:
+        return add(graph, _aten.sum.dim_IntList, factor, [at], True)
+
+    return _changed(graph, term, sizes, axis, total)
+
+
+_BLOCKS: dict[Any, Callable[[Graph, Node], list[Term]]] = {
+    _aten.slice_backward.default: _slice_backward,
+    _aten.select_backward.default: _select_backward,
+    _aten.cat.default: _joined,
+    _aten.stack.default: _stacked,
+    _aten.slice.Tensor: _sliced,
+    _aten.select.int: _selected,
+    _aten.sum.dim_IntList: _summed,
+}
+
+
 # --- in the order of the gradient's numbers --------------------------------------------------------------------------
 
 
@@ -314,84 +481,3 @@ def _added_up(graph: Graph, terms: list[Term]) -> list[Term]:
     rows = add(graph, _aten.cat.default, [term.rows for term in products], 2)
     columns = add(graph, _aten.cat.default, [term.columns for term in products], 1)
     return [Product(rows, columns), *others]
-
-
-# --- a function of one example, taken apart --------------------------------------------------------------------------
-
-
-class Parts(NamedTuple):
-    """The gradient of one parameter as the graph of :class:`Taken` returns it: positions among what that returns.
-
-    Attributes:
-        whole: of the gradient itself.
-        terms: for each term its class, the positions of its tensors, and what else belongs to it; or why there are none.
-    """
-
-    whole: int
-    terms: list[tuple[type[Term], list[int], tuple[Any, ...]]] | Made
-
-
-class Taken(NamedTuple):
-    """The graph of a function that returns further values and then gradients, with the factors of these returned too."""
-
-    run: Callable[..., list[Any]]
-    captured: list[torch.Tensor]
-    parts: list[Parts]
-    draws: bool  # whether it draws random numbers
-    loops: bool  # whether there are loops in it that have not been unrolled
-
-
-def taken_apart(
-    body: Callable[..., Sequence[torch.Tensor]],
-    inputs: Sequence[torch.Tensor],
-    first: int,
-    draws: Callable[[Any], Callable[..., Any]],
-) -> Taken:
-    """Trace ``body``, whose results from number ``first`` on are gradients; must be called where jit traces.
-
-    Args:
-        body: a function of plain tensors. The last one, which it does not read, is a key for random draws.
-        inputs: tensors like one example's, and like the key.
-        first: how many results come before the gradients.
-        draws: for an operator that draws random numbers, what takes its place: a function of the key, the number of the draw,
-            and the arguments of the operator.
-    """
-
-    def stepwise(*values: torch.Tensor) -> Sequence[torch.Tensor]:
-        with step_by_step():
-            return body(*values)
-
-    staged = stage(stepwise, inputs)
-    module = staged.body.graph
-    graph = module.graph
-    drawn = _draw_from_key(graph, graph.find_nodes(op="placeholder")[len(inputs) - 1], draws)
-    with torch.no_grad(), _disable_current_modes(), staged.body.mode:
-        results: list[Any] = list(graph.output_node().args[0])  # type: ignore[arg-type]
-        parts = [_parts(find(graph, results[i]), i, results) for i in range(first, len(results))]
-    graph.output_node().args = (results,)
-    module.recompile()
-    return Taken(module.forward, staged.captured, parts, drawn, bool(numbers_in(module)))
-
-
-def _draw_from_key(graph: Graph, key: Node, draws: Callable[[Any], Callable[..., Any]]) -> bool:
-    """Let all draws depend on a key, each in its own way; whether there are any."""
-    drawing = [node for node in graph.nodes if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())]
-    for number, node in enumerate(drawing):
-        with graph.inserting_before(node):
-            made = graph.call_function(draws(node.target), (key, number, *node.args), dict(node.kwargs))
-        made.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(made)
-        graph.erase_node(node)
-    return bool(drawing)
-
-
-def _parts(found: list[Term] | Made, whole: int, results: list[Any]) -> Parts:
-    """Let the graph return the tensors of the terms too."""
-    if isinstance(found, Made):
-        return Parts(whole, found)
-    terms: list[tuple[type[Term], list[int], tuple[Any, ...]]] = []
-    for term in found:
-        nodes = [each for each in term if isinstance(each, Node)]
-        terms.append((type(term), list(range(len(results), len(results) + len(nodes))), tuple(term[len(nodes) :])))
-        results += nodes
-    return Parts(whole, terms)

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchbatch._torch import derivatives, factored, levels, staged
+from torchbatch._torch import derivatives, levels, one_example, staged
 from torchbatch.core import tree
 from torchbatch.core.derivative import guarded
 from torchbatch.core.describe import shown
 from torchbatch.errors import AxisError, GradientTypeError, InputTypeError
-from torchbatch.per_example import draws
+from torchbatch.per_example import draws, loops
 from torchbatch.per_example.factors import Gradients
 from torchbatch.per_example.losses import FunctionLoss, ModuleLoss
+from torchbatch.per_example.stand_ins import StandIns
 from torchbatch.transforms.vmap import vmap
 
 
@@ -37,6 +38,10 @@ class Params:
                 )
         if not self.leaves:
             raise GradientTypeError(f"{who}: there are no parameters to differentiate by: all are frozen, or there are none.")
+
+    def detached(self) -> Params:
+        """The parameters without history."""
+        return Params(self.structure.unflatten([leaf.detach() for leaf in self.leaves]), "")
 
     def names(self) -> list[str]:
         """What messages call each parameter."""
@@ -87,7 +92,7 @@ class Batch:
         self._values, self._examples = tree.flatten(examples)
         self.keys, self.present = keys, present
         self.draws = False
-        self.told: list[str] = []
+        self._found: list[Gradients] = []
 
     def beside(self, examples: Any, keys: Tensor) -> Batch:
         """Another batch, with the same parameters."""
@@ -95,7 +100,8 @@ class Batch:
 
     def loss(self, leaves: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
         """The loss of one example."""
-        value: Tensor = self._loss(self._structure.unflatten(leaves), self._examples.unflatten(values))
+        with StandIns():
+            value: Tensor = self._loss(self._structure.unflatten(leaves), self._examples.unflatten(values))
         if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
             raise GradientTypeError(
                 f"{self._loss.__name__} must return the loss of one example, a floating-point number, but it returned "
@@ -110,8 +116,12 @@ class Batch:
         else:
             results = self._mapped(lambda *values: self._differentiated(values), self.leaves, randomness="different")
             found = [Gradients.made(leaf, whole) for leaf, whole in zip(self.leaves, results[1:], strict=True)]
-        self.told = [each.how() for each in found]
+        self._found = found
         return found
+
+    def told(self) -> list[str]:
+        """In words, what was done with the gradients of each parameter."""
+        return [each.how() for each in self._found]
 
     def along(self, tangents: Sequence[Tensor]) -> Tensor:
         """The derivatives of the losses along one direction of the parameters, ``[B]``, in forward mode."""
@@ -134,13 +144,13 @@ class Batch:
         return staged.is_staging() and not levels.depth()
 
     def _taken_apart(self) -> list[Gradients]:
-        taken = self._taken(lambda *values: self._differentiated(values[:-1]), self.leaves)
+        taken = self._taken(lambda *values: self._recorded(values[:-1]), self.leaves)
         results = self._mapped(taken.run, self.leaves, self.keys, captured=taken.captured)
         return [Gradients(leaf, results, parts) for leaf, parts in zip(self.leaves, taken.parts, strict=True)]
 
-    def _taken(self, body: Any, leaves: Sequence[Tensor]) -> factored.Taken:
+    def _taken(self, body: Any, leaves: Sequence[Tensor]) -> one_example.Taken:
         inputs = [*leaves, *[_one(value) for value in (*self._values, self.keys)]]
-        taken = factored.taken_apart(body, inputs, 1, draws.from_key)
+        taken = one_example.taken_apart(body, inputs, 1, draws.from_key, loops.of_program)
         self.draws = self.draws or taken.draws
         return taken
 
@@ -149,6 +159,20 @@ class Batch:
     ) -> Any:
         axes = [None] * len(leaves) + [0] * (len(self._values) + len(more)) + [None] * len(captured)
         return vmap(function, in_axes=tuple(axes), randomness=randomness)(*leaves, *self._values, *more, *captured)
+
+    def _recorded(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The loss of one example and its gradients, where nothing but a trace is at work: as ``autograd.grad`` finds them."""
+        count = len(self.leaves)
+        leaves = [leaf.detach().requires_grad_() for leaf in values[:count]]
+
+        def found() -> list[Tensor]:
+            value = self.loss(leaves, values[count:])
+            if not value.requires_grad:
+                return [value, *map(torch.zeros_like, leaves)]
+            return [value, *torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)]
+
+        with torch.enable_grad():
+            return self._loss.within(self._structure.unflatten(leaves), found)
 
     def _differentiated(self, values: Sequence[Tensor]) -> list[Tensor]:
         """The loss of one example, and its gradients."""

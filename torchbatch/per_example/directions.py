@@ -147,6 +147,11 @@ class Gram(PerExample):
         others = batch if self._other is None else self._loss.batch(self._other, self._who)
         return others, size_of(others, self._who)
 
+    def _bytes(self, params: Params, batch: Any, count: int) -> int:
+        keys = torch.zeros(count, 2, dtype=torch.int32, device=params.leaves[0].device)
+        self._inner.other = Chunk.of(batch, 0, count, count, params).values, keys
+        return super()._bytes(params, batch, count)
+
     def _over_chunks(self, params: Params, batch: Any, count: int, words: torch.Tensor) -> Any:
         others, size = self._others(batch)
         step = self._size(params, others, size)

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchbatch._torch.factored import Convolution, Lookup, Made, Parts, Product
+from torchbatch._torch.factored import Convolution, Lookup, Made, Product
+from torchbatch._torch.one_example import Parts
 
+_KEPT = 2  # gradients that are made are kept up to so many times the numbers of their factors, which are kept anyway
 _backward = torch.ops.aten.convolution_backward.default
 
 
@@ -28,7 +30,7 @@ class Gradients:
 
     Args:
         parameter: ``[*shape]``.
-        results: what the function of :func:`~torchbatch._torch.factored.taken_apart` returned, mapped over the examples.
+        results: what the function of :func:`~torchbatch._torch.one_example.taken_apart` returned, mapped over the examples.
         parts: where the gradient and its factors are among these.
     """
 
@@ -38,6 +40,7 @@ class Gradients:
         self.count: int = self.whole.shape[0]
         terms = parts.terms
         self.why = terms.why if isinstance(terms, Made) else ""
+        self._kept: Tensor | None = None
         self._terms: list[Any] = [] if isinstance(terms, Made) else [_made(*term, results) for term in terms]
 
     @classmethod
@@ -49,13 +52,15 @@ class Gradients:
         """The sum of squares, ``[B]``."""
         terms = self._terms
         if not terms or not all(self._is_worth(term, other) for term in terms for other in terms):
-            return _squares(self.made_whole())
+            flat = self.flat()
+            self._kept = flat if self._is_small(flat) else None
+            return _squares(flat)
         return sum(_inner(a, b) * (1 if i == j else 2) for i, a in enumerate(terms) for j, b in enumerate(terms) if i <= j)
 
     def weighted(self, weights: Tensor) -> Tensor:
         """The sum over the examples, each times its weight; ``[*shape]``."""
-        if not self._terms:
-            flat = self.whole.flatten(1)
+        flat = self._kept if self._terms else self.flat()
+        if flat is not None:
             return (weights.to(flat.dtype) @ flat).reshape(self.shape)
         found = [term.weighted(weights) for term in self._terms]
         return sum(found[1:], found[0]).reshape(self.shape)
@@ -65,12 +70,12 @@ class Gradients:
         if self._is_plain():
             term = self._terms[0]
             return _Products(_squared(term.rows), _squared(term.columns)).weighted(weights).reshape(self.shape)
-        flat = _squared(self.made_whole().reshape(self.count, -1))
+        flat = _squared(self.flat())
         return (weights.to(flat.dtype) @ flat).reshape(self.shape)
 
     def flat(self) -> Tensor:
         """The gradients themselves, ``[B, numbers]``."""
-        return self.made_whole().reshape(self.count, -1)
+        return self.made_whole().reshape(self.count, self.shape.numel())
 
     def projected(self, matrix: Tensor) -> Tensor:
         """The inner products with ``matrix[k, *shape]``, ``[B, k]``."""
@@ -79,14 +84,14 @@ class Gradients:
             height, width = rows.shape[1], columns.shape[1]
             by_columns = columns @ matrix.reshape(-1, width).T  # [B, k * m]
             return (by_columns.reshape(self.count, -1, height) @ rows[:, :, None])[:, :, 0]
-        return self.flat() @ matrix.flatten(1).T
+        return self.flat() @ matrix.reshape(len(matrix), self.shape.numel()).T
 
     def against(self, other: Gradients) -> Tensor:
         """The inner products with those of another batch, ``[B, C]``."""
         if self._is_plain() and other._is_plain():
             mine, theirs = self._terms[0], other._terms[0]
-            rows = mine.rows.flatten(1) @ theirs.rows.flatten(1).T
-            return rows * (mine.columns.flatten(1) @ theirs.columns.flatten(1).T)
+            rows = mine.rows.flatten(1) @ theirs.rows.flatten(1).conj().T
+            return rows * (mine.columns.flatten(1) @ theirs.columns.flatten(1).conj().T)
         return self.flat() @ other.flat().conj().T
 
     def _is_plain(self) -> bool:
@@ -98,6 +103,8 @@ class Gradients:
         """In words, what is done for the sum of squares."""
         if not self._terms:
             return f"made for each example: {self.why}"
+        if self._kept is not None:
+            return "made for each example: its factors have hardly fewer numbers"
         if not all(self._is_worth(term, other) for term in self._terms for other in self._terms):
             return "summed as a product; made for each example for its norm, which costs less than the products of its factors"
         return "never made: its norm and its sum come from the factors of its product"
@@ -111,6 +118,10 @@ class Gradients:
         made = (term.places + other.places) / 2 * (0 if term.is_lookup else rows) * columns + rows * columns
         return both < made
 
+    def _is_small(self, flat: Tensor) -> bool:
+        """Whether gradients that were made are worth keeping: where they have not many more numbers than their factors."""
+        return 0 < flat.shape[1] <= _KEPT * sum(term.entries() for term in self._terms)
+
     def made_whole(self) -> Tensor:
         """The gradients, in whatever shape they are made."""
         if len(self._terms) == 1 and isinstance(self._terms[0], _Products):
@@ -118,8 +129,7 @@ class Gradients:
         return self.whole
 
 
-def _squares(whole: Tensor) -> Tensor:
-    flat = whole.flatten(1)
+def _squares(flat: Tensor) -> Tensor:
     flat = torch.view_as_real(flat).flatten(1) if flat.is_complex() else flat
     return flat.to(wide(flat.dtype)).square().sum(1)
 
@@ -142,6 +152,10 @@ class _Products:
         self.rows, self.columns = rows, columns
         self.places: int = rows.shape[3]
         self.sizes = rows.shape[1], rows.shape[2], columns.shape[3]
+
+    def entries(self) -> int:
+        """How many numbers the factors of one example have."""
+        return self.rows[0].numel() + self.columns[0].numel()
 
     def whole(self) -> Tensor:
         """``[B, g, m, n]``."""
@@ -167,6 +181,10 @@ class _Lookups:
         self.places: int = numbers.shape[1]
         self.sizes = 1, count, columns.shape[2]
 
+    def entries(self) -> int:
+        """How many numbers the factors of one example have."""
+        return self.columns[0].numel()
+
     def weighted(self, weights: Tensor) -> Tensor:
         scaled = self.columns[:, 0] * weights.to(self.columns.dtype)[:, None, None]
         zeros = scaled.new_zeros(self.count, self.sizes[2])
@@ -180,6 +198,10 @@ class _Convolutions:
 
     def __init__(self, cotangent: Tensor, given: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> None:
         self._cotangent, self._given, self._weight, self._settings = cotangent, given, weight, settings
+
+    def entries(self) -> int:
+        """How many numbers the factors of one example have."""
+        return self._cotangent[0].numel() + self._given[0].numel()
 
     def weighted(self, weights: Tensor) -> Tensor:
         cotangent = self._cotangent * weights.to(self._cotangent.dtype).reshape(-1, *[1] * (self._cotangent.dim() - 1))

@@ -33,8 +33,10 @@ def gradients(model: Any, criterion: Any = None, **options: Unpack[Options]) -> 
               is not said.
             - ``adapter``: a function that makes ``(inputs, targets)`` of the arguments of a call, as a data loader gives them.
               Inputs are a tensor, a tuple, or a dict of keyword arguments; targets are a tensor, a tuple or None.
-            - ``chunk_size``: how many examples are worked on at a time; all, if it is None; ``"auto"`` tries what fits into the
-              memory. If memory runs out, it is tried again with half as many. What is added up is added up chunk by chunk.
+            - ``chunk_size``: how many examples are worked on at a time; all, if it is None; ``"auto"`` finds out
+              how many fit into the memory, and shows a progress bar where it takes long. If memory runs out all the same, it
+              is tried again with half as many. What is added up is added up chunk by chunk.
+            - ``memory``: with ``chunk_size="auto"``, the bytes that may be filled; if it is not said, a part of what is free.
             - ``compile``: whether the computation is compiled, by :func:`~torchbatch.jit`; ``"auto"``, which is the default,
               compiles when a kind of call comes for the second time.
 

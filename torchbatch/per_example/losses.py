@@ -11,6 +11,7 @@ from torch import nn
 from torchbatch.core import tree
 from torchbatch.core.describe import describe, function_name, shown
 from torchbatch.errors import AxisSpecError, GradientTypeError, InputTypeError
+from torchbatch.per_example.care import BatchNorm, Buffers, check_examples_apart, checked
 
 Adapter = Callable[..., tuple[Any, Any]]
 
@@ -37,6 +38,10 @@ class FunctionLoss:
     def check(self, who: str) -> None:
         """There is nothing to be said before the call."""
 
+    def within(self, params: Any, run: Callable[[], Any]) -> Any:
+        """What ``run()`` gives, while the parameters are in their places."""
+        return run()
+
     def __call__(self, params: Any, example: Any) -> Any:
         return self.fun(params, *example)
 
@@ -49,10 +54,19 @@ class ModuleLoss:
         criterion: a function of the output and the targets, or None if the output is the loss or has it as ``.loss``.
         targets: how many of a call's last arguments are targets.
         adapter: makes ``(inputs, targets)`` of a call's arguments.
+        batch_norm: None, or ``"per_example"``: layers that take statistics over the batch take those of the example.
     """
 
-    def __init__(self, model: nn.Module, criterion: Callable[..., Any] | None, targets: int, adapter: Adapter | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[..., Any] | None,
+        targets: int = 1,
+        adapter: Adapter | None = None,
+        batch_norm: BatchNorm = None,
+    ) -> None:
         self.model, self.criterion, self._targets, self._adapter = model, criterion, targets, adapter
+        self._batch_norm = batch_norm
         self.__name__ = type(model).__name__
 
     def parameters(self) -> dict[str, torch.Tensor]:
@@ -85,14 +99,34 @@ class ModuleLoss:
 
     def check(self, who: str) -> None:
         """Refuse a module that mixes the examples of a batch."""
+        if self._batch_norm is None:
+            check_examples_apart(self.model, who)
+
+    def within(self, params: dict[str, torch.Tensor], run: Callable[[], Any]) -> Any:
+        """What ``run()`` gives, while the parameters are in their places: a gradient may need them there again."""
+        named = {f"model.{name}": value for name, value in params.items()}
+        return torch.func.functional_call(_Around(self.model), named, (run,))
 
     def __call__(self, params: dict[str, torch.Tensor], example: Any) -> Any:
         leaves, structure = tree.flatten(example)
         positional, named, targets = structure.unflatten([_batch_of_one(leaf) for leaf in leaves])
-        output = torch.func.functional_call(self.model, params, positional, named)
+        buffers = Buffers(self.model, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], self._batch_norm)
+        output = torch.func.functional_call(self.model, {**params, **buffers.values}, positional, named)
+        buffers.check_not_written(self.__name__)
         if self.criterion is not None:
             return _one_number(self.criterion(output, *targets), "the criterion returned")
         return _one_number(getattr(output, "loss", output), f"without a criterion, the output of {self.__name__} is")
+
+
+class _Around(nn.Module):
+    """A module inside of which something runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, run: Callable[[], Any]) -> Any:
+        return run()
 
 
 def _as_tuple(values: Any) -> tuple[Any, ...]:
@@ -114,7 +148,9 @@ def _one_number(value: Any, what: str) -> Any:
     return value.reshape(())
 
 
-def loss_of(model: Any, criterion: Any, targets: int, adapter: Adapter | None, who: str) -> FunctionLoss | ModuleLoss:
+def loss_of(
+    model: Any, criterion: Any, targets: int, adapter: Adapter | None, who: str, batch_norm: Any = None
+) -> FunctionLoss | ModuleLoss:
     """The loss of one example in one form.
 
     Raises:
@@ -126,12 +162,12 @@ def loss_of(model: Any, criterion: Any, targets: int, adapter: Adapter | None, w
             raise AxisSpecError(f"{who}: criterion must be a function of the output and the targets, but it is {shown(criterion)}.")
         if isinstance(targets, bool) or not isinstance(targets, int) or targets < 0:
             raise AxisSpecError(f"{who}: targets counts the arguments that are targets, but it is {shown(targets)}.")
-        return ModuleLoss(model, criterion, targets, adapter)
+        return ModuleLoss(model, criterion, targets, adapter, checked(batch_norm, who))
     if not callable(model):
         raise InputTypeError(f"{who} takes a function loss(params, *example) or a module, but it got {shown(model)}.")
-    if criterion is not None or adapter is not None:
+    if criterion is not None or adapter is not None or batch_norm is not None:
         raise AxisSpecError(
-            f"{who}: criterion and adapter go with a module, but {function_name(model)} is a function, which returns the loss "
+            f"{who}: criterion, adapter and batch_norm go with a module, but {function_name(model)} is a function, which returns the loss "
             f"of one example itself."
         )
     return FunctionLoss(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -15,10 +14,11 @@ from torchbatch.core import tree
 from torchbatch.core.describe import shown
 from torchbatch.core.wrapper import Wrapper
 from torchbatch.errors import AxisSpecError, CompilerError
-from torchbatch.per_example import draws
+from torchbatch.per_example import draws, memory
 from torchbatch.per_example.batch import Batch, Params, size_of
 from torchbatch.per_example.factors import wide
 from torchbatch.per_example.losses import Adapter, loss_of
+from torchbatch.per_example.memory import Progress
 from torchbatch.transforms.jit import jit
 
 Found = tuple[list[Tensor], list[Tensor]]
@@ -30,6 +30,7 @@ class Options(TypedDict, total=False):
     targets: int
     adapter: Adapter | None
     chunk_size: int | Literal["auto"] | None
+    memory: int | None
     compile: bool | Literal["auto"]
 
 
@@ -57,11 +58,13 @@ class PerExample(Wrapper):
     """A quantity of the per-example gradients of a loss, as a function of a batch."""
 
     def __init__(self, who: str, quantity: Quantity, model: Any, criterion: Any, options: Options) -> None:
-        chunk_size, compile_ = _checked(who, options)
+        _check_names(who, options)
         loss = loss_of(model, criterion, options.get("targets", 1), options.get("adapter"), who)
         super().__init__(model, criterion)
         self._loss, self._quantity, self._who = loss, quantity, who
-        self._chunk_size, self._compile = chunk_size, compile_
+        self._chunk_size, self._budget = _checked_sizes(who, options)
+        self._compile = _checked_compile(who, options.get("compile", "auto"))
+        self._sizes: dict[Any, int] = {}
         self._runs = {name: jit(self._compute, static_argnums=1, backend=name) for name in ("eager", "inductor")}
         self._seen: set[Any] = set()
         self._told: list[str] = []
@@ -70,11 +73,11 @@ class PerExample(Wrapper):
         self._loss.check(self._who)
         given, batch = self._loss.split(args, self._who)
         params, count = Params(given, self._who), size_of(batch, self._who)
-        inside = guards.inside_other()
-        with contextlib.nullcontext() if inside else torch.no_grad():
-            run = self._inside if inside else self._from_seed
-            each, total = run(params, batch, count)
-        return self._quantity.finish(each, total, params, count)
+        if guards.inside_other():
+            return self._quantity.finish(*self._inside(params, batch, count), params, count)
+        params, batch = params.detached(), tree.map_leaves(Tensor.detach, batch)
+        with torch.no_grad():
+            return self._quantity.finish(*self._from_seed(params, batch, count), params, count)
 
     def explain(self, /, *args: Any) -> str:
         """How each parameter's gradients are gone about, for arguments like these; nothing is computed.
@@ -115,35 +118,49 @@ class PerExample(Wrapper):
     def _over_chunks(self, params: Params, batch: Any, count: int, words: Tensor) -> tuple[Found, bool]:
         size, start = self._size(params, batch, count), 0
         rows: list[list[Tensor]] = []
-        total: list[Tensor] | None = None
+        total: list[Tensor] = []
         drew, backend = False, self._backend(params, batch, size)
-        while start < count or total is None:
-            chunk = Chunk.of(batch, start, min(size, count - start), size, params)
-            try:
-                each, new, drew_here = self._run(backend, *self._arguments(params, chunk, words))
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                size = _half(size, self._who, error)
-                continue
-            rows.append([value[: chunk.length] for value in each])
-            total = new if total is None or not start else self._quantity.add(total, new)
-            drew, start = drew or bool(drew_here), start + max(chunk.length, 1)
+        with Progress(self._who, count, self._chunk_size == "auto") as progress:
+            while start < count or not start:
+                chunk = Chunk.of(batch, start, min(size, count - start), size, params)
+                try:
+                    each, new, drew_here = self._run(backend, *self._arguments(params, chunk, words))
+                except (torch.OutOfMemoryError, MemoryError) as error:
+                    size = _half(size, self._who, error)
+                    continue
+                rows.append([value[: chunk.length] for value in each])
+                total = self._quantity.add(total, new) if start else new
+                drew, start = drew or bool(drew_here), start + max(chunk.length, 1)
+                progress.update(chunk.length)
         return ([torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*rows, strict=True)], total), drew
 
     def _size(self, params: Params, batch: Any, count: int) -> int:
-        return max(count, 1) if self._chunk_size is None else int(self._chunk_size)
+        """How many examples are worked on at a time."""
+        if self._chunk_size != "auto":
+            return int(self._chunk_size or max(count, 1))
+        key = count, *_likes(params, batch)
+        if key not in self._sizes:
+            device = params.leaves[0].device
+            budget = memory.free(device) * memory.SHARE if self._budget is None else self._budget
+            self._sizes[key] = memory.fitting(lambda few: self._bytes(params, batch, few), count, int(budget))
+        return self._sizes[key]
+
+    def _bytes(self, params: Params, batch: Any, count: int) -> int:
+        """What so many examples take beside the parameters and themselves."""
+        arguments = self._arguments(params, Chunk.of(batch, 0, count, count, params), torch.zeros(2, dtype=torch.int32))
+        found = self._runs["eager"].lower(*arguments).compile().memory_analysis()
+        return int(found.temp_size_in_bytes + found.output_size_in_bytes)
 
     def _arguments(self, params: Params, chunk: Chunk, words: Tensor) -> tuple[Any, ...]:
         device = params.leaves[0].device
         keys = draws.keys(words.to(device), chunk.start, chunk.size)
-        extra = [value.detach() for value in self._quantity.extra(params)]
-        return [leaf.detach() for leaf in params.leaves], params.structure, chunk.values, keys, chunk.present, extra
+        return params.leaves, params.structure, chunk.values, keys, chunk.present, self._quantity.extra(params)
 
     def _backend(self, params: Params, batch: Any, size: int) -> str:
         """Which backend of jit runs a call: with ``compile="auto"`` Inductor, if there was a call of that kind before."""
         if self._compile != "auto":
             return "inductor" if self._compile else "eager"
-        leaves = tree.flatten(batch)[0]
-        key = size, *((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in (*params.leaves, *leaves))
+        key = size, *_likes(params, batch)
         known = key in self._seen
         self._seen.add(key)
         return "inductor" if known else "eager"
@@ -161,8 +178,14 @@ class PerExample(Wrapper):
     def _compute(self, leaves: Any, structure: Any, examples: Any, keys: Tensor, present: Tensor, extra: Any) -> Any:
         batch = Batch(self._loss, leaves, structure, examples, keys, present)
         each, total = self._quantity.of(batch, extra)
-        self._told = batch.told
+        self._told = batch.told()
         return each, total, batch.draws
+
+
+def _likes(params: Params, batch: Any) -> tuple[Any, ...]:
+    """What tells calls apart, beside the number of examples."""
+    mine = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in params.leaves)
+    return mine, tuple((leaf.shape[1:], leaf.dtype, leaf.device) for leaf in tree.flatten(batch)[0])
 
 
 class Chunk(NamedTuple):
@@ -186,7 +209,7 @@ class Chunk(NamedTuple):
 
 
 def _part(leaf: Tensor, start: int, length: int, size: int) -> Tensor:
-    part = leaf.detach()[start : start + length]
+    part = leaf[start : start + length]
     if length == size:
         return part
     last = part[-1:] if length else part.new_zeros(1, *part.shape[1:])
@@ -200,14 +223,29 @@ def _half(size: int, who: str, error: BaseException) -> int:
     return size // 2
 
 
-def _checked(who: str, options: Options) -> tuple[Any, Any]:
+def _check_names(who: str, options: Options) -> None:
     unknown = sorted(set(options) - set(Options.__annotations__))
     if unknown:
         raise AxisSpecError(f"{who} has no option {unknown[0]!r}. Its options are {', '.join(Options.__annotations__)}.")
-    chunk_size, compile_ = options.get("chunk_size"), options.get("compile", "auto")
-    is_int = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size > 0
-    if not (chunk_size in (None, "auto") or is_int):
+
+
+def _checked_sizes(who: str, options: Options) -> tuple[int | str | None, int | None]:
+    chunk_size, budget = options.get("chunk_size"), options.get("memory")
+    if not (chunk_size in (None, "auto") or _is_positive(chunk_size)):
         raise AxisSpecError(f'{who}: chunk_size must be a positive int, "auto" or None, but it is {shown(chunk_size)}.')
-    if not (isinstance(compile_, bool) or compile_ == "auto"):
-        raise AxisSpecError(f'{who}: compile must be True, False or "auto", but it is {shown(compile_)}.')
-    return chunk_size, compile_
+    if budget is not None and not (_is_positive(budget) and chunk_size == "auto"):
+        raise AxisSpecError(
+            f'{who}: memory is the number of bytes to be filled with chunk_size="auto", but it is {shown(budget)}, and '
+            f"chunk_size is {shown(chunk_size)}."
+        )
+    return chunk_size, budget
+
+
+def _checked_compile(who: str, given: Any) -> bool | str:
+    if not (isinstance(given, bool) or given == "auto"):
+        raise AxisSpecError(f'{who}: compile must be True, False or "auto", but it is {shown(given)}.')
+    return given  # type: ignore[no-any-return]
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
