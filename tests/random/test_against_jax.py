@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchbatch import random, vmap
+from torchbatch import jit, random, vmap
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 SHAPES = [(), (0,), (3, 5)] if LONG else [(), (3, 5)]
@@ -83,11 +83,24 @@ def test_uniform_between_bounds(modern, equal_bits, dtypes, dtype, bounds):
     equal_bits(ours, modern.random.uniform(theirs, (999,), dtype, *bounds))
 
 
-def test_uniform_between_tensors(modern, equal_bits):
+def tensors(modern, dtype, name, *shapes):
+    """Numbers of either sign, rounded to a dtype: as tensors, and as JAX's arrays."""
+    drawn = [3 * torch.randn(shape, generator=torch.Generator().manual_seed(7)) for shape in shapes]
+    ours = [value.to(dtype) for value in drawn]
+    return ours, [modern.jax.numpy.asarray(value.float().numpy()).astype(name) for value in ours]
+
+
+@pytest.mark.parametrize("shapes", some([((50,), (50,)), ((), ()), ((40, 1), (50,)), ((50,), ())], 1))
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_uniform_between_tensors(modern, equal_bits, dtypes, name, shapes):
     key, theirs = modern.keys(6)
-    low, high = np.linspace(-3, 3, 50, dtype=np.float32), np.linspace(3.3, 4, 50, dtype=np.float32)
-    ours = random.uniform(key, (40, 50), minval=torch.from_numpy(low), maxval=torch.from_numpy(high))
-    equal_bits(ours, modern.random.uniform(theirs, (40, 50), minval=low, maxval=high))
+    (low, span), (their_low, _) = tensors(modern, dtypes[name], name, *shapes)
+    high = low.mean() + span
+    their_high = modern.jax.numpy.asarray(high.float().numpy()).astype(name)
+    wanted = modern.random.uniform(theirs, (40, 50), name, their_low, their_high)
+    equal_bits(random.uniform(key, (40, 50), dtypes[name], low, high), wanted)
+    if LONG:
+        equal_bits(jit(lambda *bounds: random.uniform(key, (40, 50), dtypes[name], *bounds))(low, high), wanted)
 
 
 @pytest.mark.parametrize("name", [*EXACT, "cauchy"])
@@ -104,6 +117,12 @@ def test_gumbel_of_two_numbers(modern, equal_bits, dtypes):
         equal_bits(random.gumbel(key, (499,), dtype, "high"), modern.random.gumbel(theirs, (499,), name, "high"))
 
 
+def test_gumbel_of_64_bits(both, equal_bits, dtypes):
+    key, theirs = both.keys(8)
+    for name, dtype in dtypes.items() if LONG else [("float32", torch.float32)]:
+        equal_bits(random.gumbel(key, (4999,), dtype, "highest"), both.random.gumbel(theirs, (4999,), name, "highest"))
+
+
 def test_cauchy_to_the_last_digit(modern):
     key, theirs = modern.keys(9)
     near(random.cauchy(key, (5000,)), modern.random.cauchy(theirs, (5000,)), rtol=2.4e-7)
@@ -114,17 +133,23 @@ def test_complex_normal(modern):
     near(random.normal(key, (500,), torch.complex64), modern.random.normal(theirs, (500,), "complex64"), rtol=2e-7)
 
 
-@pytest.mark.parametrize("bounds", [(-2, 2), (0.5, 3), (-np.inf, np.inf)])
-def test_truncated_normal(modern, equal_bits, bounds):
+@pytest.mark.parametrize("bounds", [(-2, 2), (0.5, 3), (-np.inf, np.inf), (-5.35, 1)])
+def test_truncated_normal(modern, equal_bits, dtypes, bounds):
     key, theirs = modern.keys(10)
-    equal_bits(random.truncated_normal(key, *bounds, (1000,)), modern.random.truncated_normal(theirs, *bounds, (1000,)))
+    for name, dtype in dtypes.items() if LONG or bounds[0] == -2 else [("float32", torch.float32)]:
+        wanted = modern.random.truncated_normal(theirs, *bounds, (1000,), name)
+        equal_bits(random.truncated_normal(key, *bounds, (1000,), dtype), wanted)
 
 
-def test_truncated_normal_between_tensors(modern):
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_truncated_normal_between_tensors(modern, equal_bits, dtypes, name):
     key, theirs = modern.keys(10)
-    low = np.linspace(-3, 1, 300, dtype=np.float32)
-    ours = random.truncated_normal(key, torch.from_numpy(low), 2.0)
-    near(ours, modern.random.truncated_normal(theirs, low, 2.0), rtol=2e-6, atol=2e-6)
+    (low,), (their_low,) = tensors(modern, dtypes[name], name, (999,))
+    low, their_low = low.minimum(torch.tensor(1.5).to(low.dtype)), modern.jax.numpy.minimum(their_low, 1.5)
+    wanted = modern.random.truncated_normal(theirs, their_low, 2.0, (999,), name)
+    equal_bits(random.truncated_normal(key, low, 2.0, (999,), dtypes[name]), wanted)
+    if LONG:
+        equal_bits(jit(lambda low: random.truncated_normal(key, low, 2.0, (999,), dtypes[name]))(low), wanted)
 
 
 @pytest.mark.parametrize("p", some([0.25, 0.0, 0.9, 1.0], 1))
@@ -170,6 +195,18 @@ def test_randint_of_64_bits(both, equal_bits, bounds):
     with both.x64():
         key, theirs = both.keys(13)
         equal_bits(random.randint(key, (300,), *bounds, torch.int64), both.random.randint(theirs, (300,), *bounds, "int64"))
+
+
+UNSIGNED = [(7, np.uint64(2**64 - 1)), (-3, 2**40), (np.uint64(2**63 + 1), np.uint64(2**64 - 1)), (0, 10), (9, 3)]
+
+
+@pytest.mark.parametrize("bounds", some(UNSIGNED, 3), ids=str)
+def test_randint_of_unsigned_64_bits(modern, equal_bits, bounds):
+    with modern.x64():
+        key, theirs = modern.keys(13)
+        ours = random.randint(key, (300,), *bounds, torch.uint64)
+        equal_bits(ours, modern.random.randint(theirs, (300,), *bounds, "uint64"))
+        equal_bits(random.randint(key, (300,), *map(int, bounds), torch.uint64), ours)
 
 
 def test_randint_between_tensors(modern, equal_bits):

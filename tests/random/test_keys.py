@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -251,6 +252,69 @@ def test_modes():
     with pytest.raises(ZeroDivisionError), random.threefry_partitionable(False):
         raise ZeroDivisionError
     assert random.key(0).partitionable
+
+
+def test_a_key_shares_no_memory_with_its_words():
+    for words in (random.PRNGKey(5), np.array([0, 5], np.uint32), torch.tensor([0, 5], dtype=torch.int32)):
+        key = random.wrap_key_data(words)
+        words[1] = 7
+        assert bool(key == random.key(5))
+
+
+MODES = {
+    "a raw key": (lambda raw: random.normal(raw, (3,)), random.PRNGKey(0)),
+    "raw keys": (vmap(lambda raw: random.normal(raw, (3,))), random.split(random.PRNGKey(0), 4)),
+    "a seed": (lambda seed: random.key_data(random.split(random.key(seed))), torch.tensor(3)),
+    "a key that is returned": (random.key, torch.tensor(3)),
+    "a number": (lambda seed: random.uniform(random.key(seed), (2,)), 3),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("first", [True, False])
+def test_jit_traces_anew_for_the_other_mode(equal_bits, name, first):
+    fun, argument = MODES[name]
+    traced, wanted = jit(fun, backend="eager"), {}
+    for mode in (True, False):
+        with random.threefry_partitionable(mode):
+            wanted[mode] = fun(argument)
+    for mode in (first, first, not first, not first, first, not first):
+        with random.threefry_partitionable(mode):
+            equal_bits(traced(argument), wanted[mode])
+        if mode:
+            equal_bits(traced(argument), wanted[mode])
+    assert traced.cache_size() == 2
+
+
+def test_the_mode_of_another_thread_is_its_own():
+    draw = jit(random.normal, backend="eager")
+    raw, wanted, seen = random.PRNGKey(0), random.normal(random.PRNGKey(0)), []
+    draw(raw)
+    with random.threefry_partitionable(False):
+        thread = threading.Thread(target=lambda: seen.append(draw(raw)))
+        thread.start()
+        thread.join()
+        assert draw(raw) == random.normal(raw) != wanted
+    assert torch.equal(seen[0], wanted) and draw.cache_size() == 2
+
+
+def test_what_was_lowered_keeps_its_mode():
+    raw = random.PRNGKey(0)
+    compiled = jit(random.normal, backend="eager").lower(raw).compile()
+    with random.threefry_partitionable(False):
+        assert compiled(raw) != random.normal(raw)
+    assert compiled(raw) == random.normal(raw)
+
+
+def test_checkpoint_computes_again_in_the_same_mode():
+    raw, x = random.PRNGKey(0), torch.tensor(2.0, requires_grad=True)
+    with random.threefry_partitionable(False):
+        y, noise = torchbatch.checkpoint(lambda x: x * x * random.normal(raw))(x), random.normal(raw)
+    y.backward()
+    assert torch.equal(x.grad, 4 * noise)
+    with random.threefry_partitionable(False):
+        slope = torchbatch.grad(torchbatch.checkpoint(lambda x: x * x * random.normal(raw)))(x.detach())
+    assert torch.equal(slope, 4 * noise)
 
 
 def test_clone():

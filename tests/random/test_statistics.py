@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchbatch import random
+from torchbatch import random, vmap
 
 stats = pytest.importorskip("scipy.stats")
 KEY = random.key(2024)
@@ -22,6 +22,7 @@ CONTINUOUS = {
     "logistic": (lambda: random.logistic(KEY, COUNT), stats.logistic()),
     "gumbel": (lambda: random.gumbel(KEY, COUNT), stats.gumbel_r()),
     "gumbel, high": (lambda: random.gumbel(KEY, COUNT, mode="high"), stats.gumbel_r()),
+    "gumbel, highest": (lambda: random.gumbel(KEY, COUNT, mode="highest"), stats.gumbel_r()),
     "cauchy": (lambda: random.cauchy(KEY, COUNT), stats.cauchy()),
     "gamma": (lambda: random.gamma(KEY, 2.5, COUNT), stats.gamma(2.5)),
     "small gamma": (lambda: random.gamma(KEY, 0.3, COUNT), stats.gamma(0.3)),
@@ -29,6 +30,8 @@ CONTINUOUS = {
     "beta": (lambda: random.beta(KEY, 0.5, 2.0, COUNT), stats.beta(0.5, 2.0)),
     "dirichlet": (lambda: random.dirichlet(KEY, torch.tensor([1.0, 2.0, 3.0]), COUNT)[:, 1], stats.beta(2, 4)),
     "ball, radius": (lambda: random.ball(KEY, 3, shape=COUNT).norm(dim=-1) ** 3, stats.uniform()),
+    "ball of another norm": (lambda: random.ball(KEY, 2, 1.5, COUNT).norm(p=1.5, dim=-1) ** 2, stats.uniform()),
+    "ball, coordinate": (lambda: random.ball(KEY, 3, shape=COUNT)[:, 1] / 2 + 0.5, stats.beta(2, 2)),
     "multivariate_normal": (
         lambda: random.multivariate_normal(KEY, torch.tensor([1.0, 2.0]), torch.tensor([[2.0, 0.5], [0.5, 1.0]]), COUNT)[:, 0],
         stats.norm(1, math.sqrt(2)),
@@ -58,11 +61,26 @@ def chi_square(found, probabilities):
     return stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue
 
 
+PAIRS = [0, 1 / 6, 1 / 6, 1 / 6, 0, 1 / 6, 1 / 6, 1 / 6, 0]  # of two different numbers below 3
+
+
+def pairs(draw):
+    """The first two of what is drawn, as one number."""
+    drawn = vmap(draw)(random.split(KEY, 5000))
+    return 3 * drawn[:, 0] + drawn[:, 1]
+
+
 DISCRETE = {
     "bernoulli": (lambda: random.bernoulli(KEY, 0.3, COUNT).long(), [0.7, 0.3]),
     "rademacher": (lambda: (random.rademacher(KEY, COUNT) + 1) // 2, [0.5, 0.5]),
     "randint": (lambda: random.randint(KEY, COUNT, 5, 12) - 5, [1 / 7] * 7),
     "randint, int64": (lambda: random.randint(KEY, COUNT, 5, 12, torch.int64) - 5, [1 / 7] * 7),
+    "randint, uint64": (lambda: random.randint(KEY, COUNT, 5, 12, torch.uint64).long() - 5, [1 / 7] * 7),
+    "choice, without": (lambda: pairs(lambda key: random.choice(key, 3, (2,), False)), PAIRS),
+    "categorical, without": (
+        lambda: pairs(lambda key: random.categorical(key, torch.zeros(3), shape=(2,), replace=False)), PAIRS,
+    ),
+    "permutation, all": (lambda: pairs(lambda key: random.permutation(key, 3)), PAIRS),
     "choice": (lambda: random.choice(KEY, 6, COUNT), [1 / 6] * 6),
     "choice, weighted": (lambda: random.choice(KEY, 3, COUNT, True, torch.tensor([0.2, 0.3, 0.5])), [0.2, 0.3, 0.5]),
     "categorical": (lambda: random.categorical(KEY, torch.tensor([0.2, 0.3, 0.5]).log(), shape=COUNT), [0.2, 0.3, 0.5]),
@@ -81,6 +99,19 @@ def test_discrete_draws(name):
 def test_poisson(rate):
     found = random.poisson(KEY, rate, COUNT)
     assert chi_square(found, stats.poisson(rate).pmf(np.arange(int(found.max()) + 1))) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["cholesky", "eigh", "svd"])
+def test_moments_of_the_multivariate_normal(method):
+    mean, cov = torch.tensor([1.0, -2.0]), torch.tensor([[2.0, 0.6], [0.6, 1.0]])
+    x = random.multivariate_normal(KEY, mean, cov, COUNT, method=method)
+    assert (x.mean(0) - mean).abs().max() < 0.05 and (torch.cov(x.T) - cov).abs().max() < 0.08
+
+
+def test_moments_of_the_dirichlet():
+    alpha = torch.tensor([0.5, 1.0, 3.0])
+    x = random.dirichlet(KEY, alpha, COUNT)
+    assert (x.sum(-1) - 1).abs().max() < 1e-6 and (x.mean(0) - alpha / alpha.sum()).abs().max() < 0.01
 
 
 def test_every_bit_is_fair():

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from torchbatch import jit
+from torchbatch import jit, random
 from torchbatch._torch import draw_math, draw_ops
+from torchbatch.random import uniforms
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 STRIDE = 1 if LONG else 101
@@ -36,7 +37,8 @@ def steps(jax):
         "gumbel": ([], positive, lambda u: -lax.log(-lax.log(u))),
         "gumbel_high": ([], positive, lambda u: -lax.log(-lax.log1p(-u))),
         "logistic": ([], positive, lambda u: lax.log(u) - lax.log1p(-u)),
-        "erf": ([], (u * np.float32(8) - np.float32(4)), lax.erf),
+        # By itself, it would be another kernel.
+        "erf": ([], u * np.float32(16) - np.float32(8), lambda u: lax.erf(u * np.float32(0.5))),
     }
 
 
@@ -47,7 +49,30 @@ NAMES = ["normal", "exponential", "laplace", "gumbel", "gumbel_high", "logistic"
 def test_each_step_has_the_bits_of_jax(name, equal_bits):
     jax = pytest.importorskip("jax")
     numbers, u, theirs = steps(jax)[name]
-    equal_bits(draw_ops.draw(torch.from_numpy(u), name, numbers), jax.jit(theirs)(u))
+    ours = torch.from_numpy(u) * 0.5 if name == "erf" else torch.from_numpy(u)
+    equal_bits(draw_ops.draw(ours, name, numbers), jax.jit(theirs)(u))
+
+
+@pytest.mark.parametrize("name", ["normal", "exponential", "gumbel", "laplace", "logistic"])
+@pytest.mark.parametrize(("dtype", "digits"), [("float16", 10), ("bfloat16", 7)])
+def test_all_uniform_numbers_of_half_precision(monkeypatch, equal_bits, name, dtype, digits):
+    """Drawn in both libraries from bits that go through all numbers: the counters in the place of their hashes."""
+    jax = pytest.importorskip("jax")
+    count, width = 2**digits, 16 if dtype == "float16" else 8
+    words = np.arange(count) << (width - digits)
+    with monkeypatch.context() as patch:
+        patch.setattr(uniforms, "integers", lambda key, shape, width: torch.from_numpy(words).int().reshape(shape))
+        ours = getattr(random, name)(random.key(0), (count,), getattr(torch, dtype))
+    core = pytest.importorskip("jax._src.random.core")
+    bits = jax.numpy.asarray(words.astype(f"uint{width}"))
+    monkeypatch.setattr(core, "_random_bits", lambda key, width, shape: bits.reshape(shape))
+    jax.clear_caches()
+    try:
+        theirs = getattr(jax.random, name)(jax.random.key(0), (count,), dtype)
+    finally:
+        jax.clear_caches()
+    assert len(set(ours.tolist())) > count // 4
+    equal_bits(ours, theirs)
 
 
 def test_compiled_steps_have_the_same_bits(equal_bits):

@@ -9,7 +9,7 @@ import torch
 
 import torchbatch
 from torchbatch import grad, jit, jvp, random, tree, vmap
-from torchbatch.errors import AxisError
+from torchbatch.errors import AxisError, UnsupportedOperationError
 from torchbatch.testing import loop
 
 T = torch.tensor
@@ -22,6 +22,8 @@ DRAWS = {
     "uniform, tensors": lambda k: random.uniform(k, (3,), minval=T([1.0, 2.0, 3.0]), maxval=7.1),
     "uniform, float16": lambda k: random.uniform(k, (3,), torch.float16, -1, 2.3),
     "uniform, bfloat16": lambda k: random.uniform(k, (3,), torch.bfloat16, -1, 2.3),
+    "uniform, float16 tensors": lambda k: random.uniform(k, (3,), torch.float16, T([1.3, 2.7, -3.1]), 7.1),
+    "uniform, bfloat16 tensors": lambda k: random.uniform(k, (3,), torch.bfloat16, T([1.3, 2.7, -3.1]), 7.1),
     "uniform, float64": lambda k: random.uniform(k, (3,), torch.float64, -1, 2.3),
     "normal": lambda k: random.normal(k, (3,)),
     "normal, one": random.normal,
@@ -34,8 +36,10 @@ DRAWS = {
     "logistic": lambda k: random.logistic(k, (3,)),
     "cauchy": lambda k: random.cauchy(k, (3,)),
     "gumbel": lambda k: random.gumbel(k, (3,)),
+    "gumbel, highest": lambda k: random.gumbel(k, (3,), mode="highest"),
     "gumbel, high": lambda k: random.gumbel(k, (3,), torch.float16, "high"),
     "truncated_normal": lambda k: random.truncated_normal(k, -1.0, T([0.5, 2.0])),
+    "truncated_normal, float16": lambda k: random.truncated_normal(k, -1.0, T([0.5, 2.0]), dtype=torch.float16),
     "multivariate_normal": lambda k: random.multivariate_normal(k, T([1.0, 2.0]), T([[2.0, 0.3], [0.3, 1.0]]), (4,)),
     "bernoulli": lambda k: random.bernoulli(k, T([0.3, 0.6])),
     "bernoulli, high": lambda k: random.bernoulli(k, 0.4, (9,), "high"),
@@ -43,6 +47,7 @@ DRAWS = {
     "randint": lambda k: random.randint(k, (5,), 0, 10),
     "randint, int8": lambda k: random.randint(k, (5,), 0, T([10]), torch.int8),
     "randint, int64": lambda k: random.randint(k, (5,), -10, 2**50, torch.int64),
+    "randint, uint64": lambda k: random.randint(k, (5,), 3, 2**64 - 1, torch.uint64),
     "randint, uint32": lambda k: random.randint(k, (5,), 0, 10, torch.uint32),
     "permutation": lambda k: random.permutation(k, 7),
     "permutation, tensor": lambda k: random.permutation(k, torch.arange(12.0).reshape(3, 4), 1, True),
@@ -60,6 +65,7 @@ DRAWS = {
     "poisson": lambda k: random.poisson(k, T([0.5, 4.0, 30.0]), (2, 3)),
     "ball": lambda k: random.ball(k, 3, shape=(2,)),
     "dropout": lambda k: random.dropout(k, T([1.0, 2.0, 3.0, 4.0]), 0.3),
+    "dropout, tensor": lambda k: random.dropout(k, T([1.0, 2.0, 3.0, 4.0]), T(0.3)),
     "split": lambda k: random.key_data(random.split(k, 3)),
     "split, then normal": lambda k: random.normal(random.split(k)[1], (3,)),
     "fold_in": lambda k: random.key_data(random.fold_in(k, 7)),
@@ -94,12 +100,15 @@ def test_mapped_draws_are_those_of_the_loop(equal_bits, name, partitionable):
     equal_bits(torch.func.vmap(lambda a, b: draw(random.Key(a, b, partitionable)))(many.first, many.second), wanted)
 
 
-COMPILED = ["normal", "bits of 8", "uniform, float16", "normal, float64", "poisson", "choice"]
+COMPILED = [
+    "normal", "bits of 8", "uniform, float16", "uniform, float16 tensors", "uniform, bfloat16 tensors",
+    "truncated_normal, float16", "gumbel, highest", "normal, float64", "poisson", "choice",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("partitionable", [True, False])
 def test_compiled_draws_are_those_of_the_loop(equal_bits, partitionable):
-    chosen = COMPILED if LONG else COMPILED[:3] if partitionable else COMPILED[1:2]
+    chosen = COMPILED if LONG else COMPILED[:4] if partitionable else COMPILED[1:2]
     draw = lambda key: [DRAWS[name](key) for name in chosen]  # noqa: E731
     many = keys(partitionable)
     equal_bits(jit(vmap(draw))(many), vmap(draw)(many))
@@ -108,6 +117,9 @@ def test_compiled_draws_are_those_of_the_loop(equal_bits, partitionable):
 def test_the_hash_is_compiled_once_for_each_draw():
     code = jit(lambda key: random.normal(key, (1000,))).lower(random.key(0)).compile().as_text()
     assert 0 < code.count("at::vec::fmadd") < 100 and len(code) < 100_000
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        assert "tmpbuf" not in code  # through which the compiler moves numbers one by one
+        assert code.count("_epi32") in (20, 40)  # the hash rotates twenty times, by one instruction or by two
 
 
 def test_torch_compile_makes_the_same_numbers():
@@ -145,6 +157,26 @@ def test_an_empty_batch():
 def test_eval_shape():
     found = torchbatch.eval_shape(lambda key: random.poisson(key, 3.0, (4,)), random.key(0))
     assert tuple(found.shape) == (4,) and found.dtype is torch.int64
+
+
+NUMBERS = {
+    "bernoulli": lambda k, p: random.bernoulli(k, p, (99,)),
+    "dropout": lambda k, p: random.dropout(k, torch.ones(99), p),
+    "uniform": lambda k, p: random.uniform(k, (99,), maxval=p),
+    "uniform, float16": lambda k, p: random.uniform(k, (99,), torch.float16, -p, p),
+    "truncated_normal": lambda k, p: random.truncated_normal(k, -p, p, (99,)),
+    "gamma": lambda k, p: random.gamma(k, p, (9,)),
+    "poisson": lambda k, p: random.poisson(k, 100 * p, (9,)),
+    "ball": lambda k, p: random.ball(k, 3, 1 + p),
+    "categorical": lambda k, p: random.categorical(k, p * torch.arange(5.0), shape=(99,)),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_are_arguments_of_jit(equal_bits, name):
+    """They are tensors there, but of no other dtype."""
+    draw = NUMBERS[name]
+    equal_bits(jit(draw, backend="eager")(random.key(0), 0.3), draw(random.key(0), 0.3))
 
 
 def test_writing_into_what_was_drawn():
@@ -185,6 +217,70 @@ def test_gradients(name):
     if "gamma" not in name and name != "beta":  # whose draws jump where a try is rejected
         step = 1e-2
         assert torch.allclose((fun(x + step) - fun(x - step)) / (2 * step), wanted, rtol=2e-2, atol=2e-2)
+
+
+def along(fun):
+    """The derivative in forward mode."""
+    return lambda a: jvp(fun, (a,), (torch.ones_like(a),))[1].to(a.dtype)
+
+
+TWICE = {
+    "reverse, reverse": lambda fun: grad(grad(fun)),
+    "forward, reverse": lambda fun: along(grad(fun)),
+    "reverse, forward": lambda fun: grad(along(fun)),
+    "forward, forward": lambda fun: along(along(fun)),
+    "mapped": lambda fun: lambda a: vmap(grad(grad(fun)))(a.expand(2))[1],
+    "traced": lambda fun: jit(grad(grad(fun)), backend="eager"),
+    "autograd": lambda fun: lambda a: twice_by_autograd(fun, a),
+}
+
+
+def twice_by_autograd(fun, a):
+    a = a.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(fun(a), a, create_graph=True)
+    return torch.autograd.grad(slope, a)[0]
+
+
+@pytest.mark.parametrize("way", TWICE)
+def test_second_derivatives(way):
+    truncated = lambda a: random.truncated_normal(random.key(0), -a, 2 * a)  # noqa: E731
+    assert float(TWICE[way](truncated)(T(1.5))) == pytest.approx(-0.38896263, rel=2e-6)  # JAX's
+    step = T(1e-2, dtype=torch.float64)
+    wide = lambda a: random.truncated_normal(random.key(0), -a, 2 * a, (5,), torch.float64).sum()  # noqa: E731
+    at = T(1.5, dtype=torch.float64)
+    estimate = (wide(at + step) - 2 * wide(at) + wide(at - step)) / step**2
+    assert float(TWICE[way](wide)(at)) == pytest.approx(float(estimate), rel=1e-3)
+
+
+def test_third_derivatives_and_derivatives_at_infinite_bounds():
+    truncated = lambda a: random.truncated_normal(random.key(0), -a, 2 * a)  # noqa: E731
+    assert float(grad(grad(grad(truncated)))(T(1.5))) == pytest.approx(2.489304, rel=1e-5)
+    half = lambda a: random.truncated_normal(random.key(0), a, float("inf"), (50,)).sum()  # noqa: E731
+    assert grad(grad(half))(T(0.5)).isfinite() and grad(half)(T(float("-inf"))) == 0
+
+
+@pytest.mark.parametrize("name", ["gamma", "loggamma", "beta", "dirichlet", "ball"])
+@pytest.mark.parametrize("way", TWICE)
+def test_second_derivatives_of_gamma_are_refused(way, name):
+    draws = {
+        "beta": lambda a: random.beta(random.key(0), a, 2.0),
+        "dirichlet": lambda a: random.dirichlet(random.key(0), torch.stack([a, 2 * a]))[0],
+        "ball": lambda a: random.ball(random.key(0), 2, a)[0],
+    }
+    fun = draws.get(name, lambda a: getattr(random, name)(random.key(0), a))
+    with pytest.raises(UnsupportedOperationError) as caught:
+        TWICE[way](fun)(T(1.5))
+    assert str(caught.value) == (
+        "gamma, and what is made of it (loggamma, beta, dirichlet, ball), can be differentiated once by its parameters; there "
+        "is no rule for the second derivative. Draw outside of the function that is differentiated twice, or .detach() the "
+        "parameter."
+    )
+
+
+def test_a_derivative_of_gamma_may_be_used_in_another_one():
+    slope = lambda b: b**2 * grad(lambda a: random.gamma(random.key(0), a))(T(1.5))  # noqa: E731
+    assert float(grad(slope)(T(3.0))) == pytest.approx(6 * 0.9511256, rel=1e-5)
+    assert float(along(slope)(T(3.0))) == pytest.approx(6 * 0.9511256, rel=1e-5)
 
 
 @pytest.mark.skipif(not LONG, reason="JAX compiles this for seconds; HYPOTHESIS_PROFILE=long")

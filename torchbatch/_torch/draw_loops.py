@@ -62,7 +62,7 @@ class _Keys(NamedTuple):
         if dtype is torch.float32:
             return self.uniform(1)[:, 0]
         first, second = self._hash([0], [0 if self.partitionable else 1])
-        whole = (first.long() << 32) | (second.long() & 0xFFFFFFFF)
+        whole = (first.long() << 32) | (second.long() & draw_math.WORD)
         return ((whole >> 12) & (2**52 - 1)).double()[:, 0] * 2.0**-52
 
     def one_normal(self, dtype: torch.dtype) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
-_WORD = 0xFFFFFFFF
+WORD = 0xFFFFFFFF  # the digits of a word of 32 bits
 TINY, INFINITY, NAN = 2.0**-126, float("inf"), float("nan")
 SQRT2 = 1.4142135381698608  # as a float32
 
@@ -51,10 +51,12 @@ _ERF_BOTTOM = (
     4.9746925110067538e-1, 1.0,
 )  # fmt: skip
 
+_ERF_END = 3.7439213  # from which on it is 1
+
 
 def signed(word: int) -> int:
     """An unsigned 32-bit number as the signed one with the same bits."""
-    return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
+    return (word & WORD) - ((word & 0x80000000) << 1)
 
 
 def threefry2x32(m: Any, key: Sequence[Any], count: Sequence[Any]) -> tuple[Any, Any]:
@@ -64,7 +66,7 @@ def threefry2x32(m: Any, key: Sequence[Any], count: Sequence[Any]) -> tuple[Any,
     for step in range(5):
         for distance in ROTATIONS[step % 2]:
             x = x + y
-            y = ((y << m.integer(distance)) | m.shifted(y, 32 - distance)) ^ x
+            y = m.rotated(y, distance) ^ x
         x = x + words[(step + 1) % 3]
         y = y + (words[(step + 2) % 3] + m.integer(step + 1))
     return x, y
@@ -72,14 +74,14 @@ def threefry2x32(m: Any, key: Sequence[Any], count: Sequence[Any]) -> tuple[Any,
 
 def threefry2x32_of_ints(key: tuple[int, int], count: tuple[int, int]) -> tuple[int, int]:
     """The same for Python's own integers, signed or not; the words it gives are signed."""
-    words = [word & _WORD for word in (*key, key[0] ^ key[1] ^ PARITY)]
-    x, y = (count[0] + words[0]) & _WORD, (count[1] + words[1]) & _WORD
+    words = [word & WORD for word in (*key, key[0] ^ key[1] ^ PARITY)]
+    x, y = (count[0] + words[0]) & WORD, (count[1] + words[1]) & WORD
     for step in range(5):
         for distance in ROTATIONS[step % 2]:
-            x = (x + y) & _WORD
-            y = (((y << distance) & _WORD) | (y >> (32 - distance))) ^ x
-        x = (x + words[(step + 1) % 3]) & _WORD
-        y = (y + words[(step + 2) % 3] + step + 1) & _WORD
+            x = (x + y) & WORD
+            y = (((y << distance) & WORD) | (y >> (32 - distance))) ^ x
+        x = (x + words[(step + 1) % 3]) & WORD
+        y = (y + words[(step + 2) % 3] + step + 1) & WORD
     return signed(x), signed(y)
 
 
@@ -148,10 +150,12 @@ def _erf_inv_within(m: Any, x: Any, log: Callable[[Any, Any], Any] = _log_of_nor
 
 
 def erf(m: Any, x: Any) -> Any:
-    """The error function."""
-    x = m.maximum(m.number(-3.832506856900711, x), -m.maximum(m.number(-3.832506856900711, x), -x))
+    """The error function, as XLA's loops of several operations have it; a kernel of its own is not 1 from there on."""
     square = x * x
-    return m.divided(x * _horner(m, square, _ERF_TOP), _horner(m, square, _ERF_BOTTOM))
+    value = m.divided(x * _horner(m, square, _ERF_TOP), _horner(m, square, _ERF_BOTTOM))
+    one = m.number(1.0, x)
+    value = m.where(m.at_least(x, m.number(_ERF_END, x)), one, value)
+    return m.where(m.at_least(-x, m.number(_ERF_END, x)), -one, value)
 
 
 # What a distribution makes of a uniform number. ``cut`` rounds to the dtype of the result after each step, as XLA does.
@@ -209,6 +213,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "log1p": lambda m, x, cut: log1p(m, x),
     "logistic": _logistic,
     "normal": _normal,
+    "same": lambda m, x, cut: x,
 }
 
 
@@ -275,6 +280,11 @@ class OnTensors:
     def shifted(x: torch.Tensor, distance: int) -> torch.Tensor:
         """Shifted to the right, with zeros from the left."""
         return (x >> distance) & ((1 << (32 - distance)) - 1)
+
+    @staticmethod
+    def rotated(x: torch.Tensor, distance: int) -> torch.Tensor:
+        """Shifted to the left, with what is shifted out from the right."""
+        return (x << distance) | OnTensors.shifted(x, 32 - distance)
 
     @staticmethod
     def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:

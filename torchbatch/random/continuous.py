@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from torchbatch._torch import draw_ops
+from torchbatch._torch.draw_math import WORD
 from torchbatch.core.describe import describe, shown
 from torchbatch.errors import AxisError, AxisSpecError
 from torchbatch.random.keys import Key, KeyLike, parts, shape_of, single
-from torchbatch.random.uniforms import as_held, between, broadcast, float_dtype, fused, parameter, step, unit
+from torchbatch.random.uniforms import as_held, between, broadcast, float_dtype, parameter, rounded, spread, step, unit
+from torchbatch.random.words import integers
 
 _COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
@@ -181,7 +184,8 @@ def gumbel(
         key: a single key.
         shape: the shape of the result.
         dtype: a floating-point dtype; None is PyTorch's default.
-        mode: ``"low"`` (None is the same) draws one uniform number for each, ``"high"`` two, for rare large numbers.
+        mode: ``"low"`` (None is the same) draws one uniform number for each, ``"high"`` two, for rare large numbers;
+            ``"highest"`` makes one uniform number of 64 bits for each number of float32, and is ``"high"`` for other dtypes.
 
     Returns:
         A tensor of ``shape``.
@@ -194,7 +198,7 @@ def gumbel(
         >>> random.gumbel(random.key(0), (3,))
         tensor([ 2.9234,  3.8326, -0.0969])
 
-    Source: ``jax.random.gumbel``, but for its mode ``"highest"``.
+    Source: ``jax.random.gumbel``.
     """
     found = single("gumbel", key)
     return gumbels("gumbel", found, shape_of("gumbel", shape), float_dtype("gumbel", dtype), mode)
@@ -202,14 +206,28 @@ def gumbel(
 
 def gumbels(name: str, key: Key, shape: Sequence[int], dtype: torch.dtype, mode: str | None) -> torch.Tensor:
     """The same for a key that is known to be one."""
-    if mode not in (None, "low", "high"):
-        raise AxisSpecError(f"{name}: mode must be 'low', 'high' or None, but it is {shown(mode)}.")
+    if mode not in (None, "low", "high", "highest"):
+        raise AxisSpecError(f"{name}: mode must be 'low', 'high', 'highest' or None, but it is {shown(mode)}.")
     info = torch.finfo(dtype)
-    if mode == "high":
+    if mode == "highest" and dtype is torch.float32:
+        return _gumbels_of_64_bits(key, shape)
+    if mode in ("high", "highest"):
         high, low = unit(key, (2, *shape), dtype)
         u = torch.where(high >= 0.5, high, high + info.eps * low + info.tiny)
         return step(u, "gumbel_high")
     return step(unit(key, shape, dtype).clamp(min=info.tiny), "gumbel")
+
+
+def _gumbels_of_64_bits(key: Key, shape: Sequence[int]) -> torch.Tensor:
+    """Draws of float32 made of a fraction of 64 bits; one above 1/2 is handled as what is missing to 1."""
+    first, second = integers(key, (2, *shape), 32).long()
+    drawn = first << 32 | (second & WORD)
+    size = torch.where(drawn >= 0, drawn, -drawn)
+    high, low = (size >> 32) & WORD, size & WORD
+    low = torch.where(high >= 2**24, 0, torch.where(high > 0, low & ~7, low))  # 53 digits, of which 24 count
+    digits = draw_ops.same_bits(high.double() * 2.0**32 + low.double(), torch.int64) & ~(2**29 - 1)
+    u = torch.where(size == 0, 0.5, draw_ops.same_bits(digits, torch.float64)).float() * 2.0**-64
+    return torch.where(drawn >= 0, step(u, "gumbel_high"), step(u, "gumbel"))
 
 
 # --- the truncated normal distribution -------------------------------------------------------------------------------
@@ -248,22 +266,34 @@ def truncated_normal(
         parameter("truncated_normal", text, value, dtype, found.device) for text, value in (("lower", lower), ("upper", upper))
     )
     size = broadcast("truncated_normal", shape, lower=low, upper=high)
-    root, part = as_held(math.sqrt(2), dtype), as_held(1 / as_held(math.sqrt(2), dtype), dtype)
-    a, b = _smooth(low * part, "erf"), _smooth(high * part, "erf")
-    u = torch.maximum(a, fused(unit(found, size, dtype), b - a, a))
-    bounds = (torch.nextafter(value.detach(), torch.full_like(value, end)) for value, end in ((low, math.inf), (high, -math.inf)))
-    return torch.minimum(torch.maximum(root * _smooth(u, "erf_inv"), next(bounds)), next(bounds))
+    root = as_held(math.sqrt(2), dtype)
+    part = 1 / root if dtype is torch.bfloat16 else as_held(1 / root, dtype)
+    a, b = (_smooth(_scaled(bound, part), "erf") for bound in (low, high))
+    u = spread(unit(found, size, dtype), a, b)
+    inverse = step if isinstance(lower, int | float) and isinstance(upper, int | float) else _smooth
+    least, most = _above(low.detach()), -_above(-high.detach())
+    return torch.minimum(torch.maximum(root * inverse(u, "erf_inv"), least), most)
+
+
+def _above(x: torch.Tensor) -> torch.Tensor:
+    """The next larger number of the dtype. The compiler takes that of float32 for half precision."""
+    if x.dtype in (torch.float32, torch.float64):
+        return torch.nextafter(x, torch.full_like(x, math.inf))
+    bits = draw_ops.same_bits(x, torch.int16)
+    above = torch.where(x > 0, bits + 1, torch.where(x < 0, bits - 1, 1)).to(torch.int16)
+    return torch.where(x < math.inf, draw_ops.same_bits(above, x.dtype), x)
+
+
+def _scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """A product, of half precision too rounded once, in the compiler as elsewhere."""
+    return x * factor if x.dtype in (torch.float32, torch.float64) else rounded(x.float() * factor, x.dtype).to(x.dtype)
 
 
 def _smooth(x: torch.Tensor, name: str) -> torch.Tensor:
-    """The error function or its inverse, with a derivative."""
-    value = step(x.detach(), name)
-    argument = x.detach() if name == "erf" else value
-    bell = 2 / math.sqrt(math.pi) * torch.exp(-(argument.double() ** 2))
-    slope = bell if name == "erf" else 1 / bell
-    slope = torch.where(slope.isfinite(), slope, 0).to(x.dtype)
-    zero = torch.where(x.isfinite(), x - x.detach(), 0)  # which has the derivative
-    return value + zero * slope
+    """The error function or its inverse, with the derivatives, of any order, of PyTorch's own."""
+    inside = torch.where(x.isfinite() if name == "erf" else x.abs() < 1, x, 0).double()
+    exact = torch.erf(inside) if name == "erf" else torch.erfinv(inside)
+    return step(x.detach(), name) + (exact - exact.detach()).to(x.dtype)  # the second term is zero
 
 
 def multivariate_normal(
@@ -326,19 +356,15 @@ def _check_moments(mean: torch.Tensor, cov: torch.Tensor, shape: Any) -> tuple[i
             f"multivariate_normal: mean must be of shape [..., n] and cov of shape [..., n, n], but mean is {describe(mean)} and "
             f"cov is {describe(cov)}."
         )
-    return broadcast("multivariate_normal", shape, mean=mean.sum(-1), cov=cov.sum((-2, -1)))
+    return broadcast("multivariate_normal", shape, {"mean": mean.shape[:-1], "cov": cov.shape[:-2]}, mean=mean, cov=cov)
 
 
-def _eigen_root(cov: torch.Tensor) -> torch.Tensor:
-    values, vectors = torch.linalg.eigh(cov)
-    root: torch.Tensor = vectors * values.sqrt().unsqueeze(-2)
-    return root
+def _root(values: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    return vectors * values.sqrt().unsqueeze(-2)
 
 
-def _singular_root(cov: torch.Tensor) -> torch.Tensor:
-    vectors, values, _ = torch.linalg.svd(cov)
-    root: torch.Tensor = vectors * values.sqrt().unsqueeze(-2)
-    return root
-
-
-_ROOTS = {"cholesky": torch.linalg.cholesky, "eigh": _eigen_root, "svd": _singular_root}
+_ROOTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "cholesky": torch.linalg.cholesky,
+    "eigh": lambda cov: _root(*torch.linalg.eigh(cov)),
+    "svd": lambda cov: _root(*torch.linalg.svd(cov)[1::-1]),
+}

@@ -6,21 +6,24 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from torchbatch._torch import draw_ops
+from torchbatch._torch.draw_math import WORD
 from torchbatch.core.arrays import as_tensor
 from torchbatch.core.describe import describe, shown
+from torchbatch.core.weak import strong
 from torchbatch.errors import AxisError, AxisSpecError, InputTypeError
 from torchbatch.random.continuous import gumbels
 from torchbatch.random.keys import Key, KeyLike, parts, shape_of, single
-from torchbatch.random.uniforms import broadcast, unit
+from torchbatch.random.uniforms import broadcast, known, unit
 from torchbatch.random.words import integers
 
-_MASK = 0xFFFFFFFF
 _UNSIGNED = {torch.uint16: (0, 2**16 - 1), torch.uint32: (0, 2**32 - 1)}
 _NARROW = (torch.int8, torch.int16, torch.uint8, torch.uint16)
-_DTYPES = (*_NARROW, torch.int32, torch.uint32, torch.int64)
+_DTYPES = (*_NARROW, torch.int32, torch.uint32, torch.int64, torch.uint64)
+_TOP = -(2**63)  # the first digit of a word of 64 bits
 
 
 def bernoulli(key: KeyLike, p: Any = 0.5, shape: Sequence[int] | None = None, mode: str = "low") -> torch.Tensor:
@@ -62,7 +65,7 @@ def bernoulli(key: KeyLike, p: Any = 0.5, shape: Sequence[int] | None = None, mo
 def _probability(name: str, p: Any, key: Key) -> torch.Tensor:
     if isinstance(p, float):
         return torch.tensor(p, dtype=torch.get_default_dtype(), device=key.device)
-    found = as_tensor(p)
+    found = as_tensor(strong(p))
     if found is None or not found.is_floating_point():
         raise InputTypeError(f"{name}: p must be a float or a tensor of a floating-point dtype, but it is {shown(p)}.")
     return found
@@ -76,7 +79,7 @@ def rademacher(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | Non
     Args:
         key: a single key.
         shape: the shape of the result.
-        dtype: any dtype that holds them; None is torch.int64.
+        dtype: a dtype of signed integers, or a floating-point or complex dtype; None is torch.int64.
 
     Returns:
         A tensor of ``shape``.
@@ -92,7 +95,15 @@ def rademacher(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | Non
     Source: ``jax.random.rademacher``.
     """
     found = single("rademacher", key)
-    return signs(found, shape_of("rademacher", shape), torch.int64 if dtype is None else dtype)
+    dtype = torch.int64 if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_signed or dtype in _UNUSABLE:
+        raise AxisSpecError(
+            f"rademacher: dtype must be of signed integers, floating-point or complex numbers, but it is {shown(dtype)}."
+        )
+    return signs(found, shape_of("rademacher", shape), dtype)
+
+
+_UNUSABLE = (torch.qint8, torch.quint8, torch.qint32, torch.complex32)
 
 
 def signs(key: Key, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -116,8 +127,8 @@ def randint(
         shape: the shape of the result.
         minval: the least number, or an integer tensor that broadcasts to ``shape``.
         maxval: the upper bound, likewise; where it is not above ``minval``, the result is ``minval``.
-        dtype: an integer dtype. None gives the numbers of JAX with 32-bit integers, as torch.int64; the draw for torch.int64
-            itself takes twice as many bits, and so gives other numbers.
+        dtype: an integer dtype. None gives the numbers of JAX with 32-bit integers, as torch.int64; the draws for torch.int64
+            and torch.uint64 take twice as many bits, and so give other numbers.
 
     Returns:
         A tensor of ``shape``.
@@ -137,11 +148,12 @@ def randint(
     found = single("randint", key)
     size = shape_of("randint", shape)
     if dtype is not None and dtype not in _DTYPES:
-        raise AxisSpecError(f"randint: dtype must be an integer dtype (but not torch.uint64), but it is {shown(dtype)}.")
-    low, high = _integer("minval", minval, found), _integer("maxval", maxval, found)
+        raise AxisSpecError(f"randint: dtype must be an integer dtype, but it is {shown(dtype)}.")
+    unsigned = dtype is torch.uint64
+    low, high = _integer("minval", minval, found, unsigned), _integer("maxval", maxval, found, unsigned)
     broadcast("randint", size, minval=low, maxval=high)
-    if dtype is torch.int64:
-        return _in_64_bits(found, size, low, high)
+    if dtype in (torch.int64, torch.uint64):
+        return draw_ops.same_bits(_in_64_bits(found, size, low, high, _TOP if unsigned else 0), dtype)
     if dtype is None:
         _check_32_bits(minval, maxval)
         _check_32_bits(low, high)
@@ -149,20 +161,28 @@ def randint(
     return drawn if dtype is None else _held(drawn, dtype)
 
 
-def _integer(argument: str, value: Any, key: Key) -> torch.Tensor:
-    if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
-        return torch.tensor(value, dtype=torch.int64, device=key.device)
+def _integer(argument: str, value: Any, key: Key, unsigned: bool) -> torch.Tensor:
+    """A bound as int64; for unsigned draws its digits, where a negative one is 0."""
+    least, most = (0, 2**64) if unsigned else (-(2**63), 2**63)
+    if isinstance(value, int) and not isinstance(value, bool) and value < most and (unsigned or value >= least):
+        value = max(value, least)
+        return torch.tensor(value if value < 2**63 else value - 2**64, dtype=torch.int64, device=key.device)
     found = as_tensor(value)
-    if found is None or found.is_floating_point() or found.is_complex() or found.dtype in (torch.bool, torch.uint64):
-        raise InputTypeError(f"randint: {argument} must be an integer of at most 63 bits, but it is {shown(value)}.")
-    return found.long()
+    kinds = (torch.bool,) if unsigned else (torch.bool, torch.uint64)
+    if found is None or found.is_floating_point() or found.is_complex() or found.dtype in kinds:
+        most_bits = "64" if unsigned else "63"
+        raise InputTypeError(f"randint: {argument} must be an integer of at most {most_bits} bits, but it is {shown(value)}.")
+    if found.dtype is torch.uint64:
+        return draw_ops.same_bits(found, torch.int64)
+    return found.long().clamp(min=0) if unsigned else found.long()
 
 
 def _check_32_bits(*bounds: Any) -> None:
-    """Refuse bounds that are too large, so far as they are known: under a transform those are that are Python's numbers."""
-    known = [bound for bound in bounds if isinstance(bound, int) or (isinstance(bound, torch.Tensor) and draw_ops.is_plain())]
-    if any(bool(torch.as_tensor((bound < -(2**31)) | (bound >= 2**31)).any()) for bound in known):
-        raise AxisError("randint: minval and maxval need more than 32 bits; give dtype=torch.int64.")
+    """Refuse bounds that are too large, so far as they are known: in a trace those are that are Python's numbers."""
+    for bound in bounds:
+        found = known(bound) if isinstance(bound, torch.Tensor) else torch.tensor(bound) if isinstance(bound, int) else None
+        if found is not None and bool(((found < -(2**31)) | (found >= 2**31)).any()):
+            raise AxisError("randint: minval and maxval need more than 32 bits; give dtype=torch.int64.")
 
 
 def below(key: Key, shape: Sequence[int], most: int) -> torch.Tensor:
@@ -180,12 +200,12 @@ def _in_32_bits(key: Key, shape: Sequence[int], low: torch.Tensor, high: torch.T
         least, most = _limits(torch.int32)
     beyond = high > most
     low, high = low.clamp(least, most), high.clamp(least, most)
-    span = torch.where(high <= low, 1, (high - low) & _MASK)
-    span = torch.where(beyond & (high > low), (span + 1) & _MASK, span)
-    upper, lower = (integers(part, shape, 32).long() & _MASK for part in parts(key, 2))
+    span = torch.where(high <= low, 1, (high - low) & WORD)
+    span = torch.where(beyond & (high > low), (span + 1) & WORD, span)
+    upper, lower = (integers(part, shape, 32).long() & WORD for part in parts(key, 2))
     power = _modulo(torch.full_like(span, 2**16), span)
-    power = _modulo((power * power) & _MASK, span)
-    offset = (_modulo(upper, span) * power + _modulo(lower, span)) & _MASK
+    power = _modulo((power * power) & WORD, span)
+    offset = (_modulo(upper, span) * power + _modulo(lower, span)) & WORD
     return low + _modulo(offset, span)
 
 
@@ -201,7 +221,7 @@ def _held(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         half = {torch.uint16: torch.int16, torch.uint32: torch.int32}[dtype]
         top = 1 << (8 * dtype.itemsize)
         return draw_ops.same_bits(torch.where(value >= top // 2, value - top, value).to(half), dtype)
-    return torch.where(value > _MASK >> 1, value - 2**32, value).to(dtype)
+    return torch.where(value > WORD >> 1, value - 2**32, value).to(dtype)
 
 
 def _modulo(x: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
@@ -209,9 +229,10 @@ def _modulo(x: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
     return torch.where(span == 0, x, x % torch.where(span == 0, 1, span))
 
 
-def _in_64_bits(key: Key, shape: Sequence[int], low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+def _in_64_bits(key: Key, shape: Sequence[int], low: torch.Tensor, high: torch.Tensor, top: int) -> torch.Tensor:
+    """The draw for int64, or with ``top`` as the first digit for uint64, whose digits are given."""
     upper, lower = (integers(part, shape, 64) for part in parts(key, 2))
-    span = torch.where(high <= low, 1, high - low)  # unsigned from here on
+    span = torch.where((high ^ top) <= (low ^ top), 1, high - low)  # unsigned from here on
     power = _unsigned_modulo(torch.full_like(span, 2**32), span)
     power = _unsigned_modulo(power * power, span)
     offset = _unsigned_modulo(upper, span) * power + _unsigned_modulo(lower, span)
@@ -220,13 +241,12 @@ def _in_64_bits(key: Key, shape: Sequence[int], low: torch.Tensor, high: torch.T
 
 def _unsigned_modulo(x: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
     """The remainder of 64-bit words that are read as unsigned numbers; ``span`` is not 0."""
-    top = torch.iinfo(torch.int64).min
     large = span < 0  # 2**63 or more, which goes into a word once at most
     positive = torch.where(large, 1, span)
     quotient = ((x >> 1) & (2**63 - 1)) // positive
     rest = x - ((quotient << 1) * positive)
-    rest = torch.where((rest ^ top) >= (positive ^ top), rest - positive, rest)
-    return torch.where(large, torch.where((x ^ top) >= (span ^ top), x - span, x), rest)
+    rest = torch.where((rest ^ _TOP) >= (positive ^ _TOP), rest - positive, rest)
+    return torch.where(large, torch.where((x ^ _TOP) >= (span ^ _TOP), x - span, x), rest)
 
 
 # --- categories ------------------------------------------------------------------------------------------------------
@@ -272,14 +292,13 @@ def categorical(
     scores = as_tensor(logits)
     if scores is None or not scores.is_floating_point() or not scores.dim():
         raise InputTypeError(f"categorical: logits must be a tensor of a floating-point dtype with an axis, not {shown(logits)}.")
-    if not -scores.dim() <= axis < scores.dim():
-        raise AxisError(f"categorical: axis must be in [{-scores.dim()}, {scores.dim()}), but it is {axis}.")
-    axis %= scores.dim()
+    if not isinstance(axis, int | np.integer) or not -scores.dim() <= axis < scores.dim():
+        raise AxisError(f"categorical: axis must be an int in [{-scores.dim()}, {scores.dim()}), but it is {shown(axis)}.")
+    axis = int(axis) % scores.dim()
     batch = (*scores.shape[:axis], *scores.shape[axis + 1 :])
     size = batch if shape is None else shape_of("categorical", shape)
+    broadcast("categorical", size, {"logits": batch}, logits=scores)
     front = size[: len(size) - len(batch)]
-    if broadcast("categorical", size, logits=scores.select(axis, 0) if scores.shape[axis] else scores.sum(axis)) != size:
-        raise AxisError(f"categorical: shape must end with {batch}, but it is {size}.")
     if replace:
         inner = list(size[len(front) :])
         inner.insert(axis, scores.shape[axis])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from torchbatch._torch import draw_math, draw_ops, registry
+from torchbatch._torch import draw_math, draw_ops, draw_state, registry
 from torchbatch.core.arrays import as_tensor
 from torchbatch.core.describe import describe, shown
 from torchbatch.errors import AxisError, AxisSpecError, InputTypeError
@@ -19,16 +18,6 @@ from torchbatch.random import reuse
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 _NAMES = (None, "threefry2x32", "fry")
-_LOW = 0xFFFFFFFF
-
-
-class _Mode(threading.local):
-    """Which of JAX's two ways of counting is meant in this thread where nothing says so."""
-
-    partitionable = True
-
-
-_mode = _Mode()
 
 
 @contextlib.contextmanager
@@ -39,7 +28,8 @@ def threefry_partitionable(new_val: bool) -> Iterator[None]:
         new_val: True for that of today's JAX, False for the one that was the default before JAX 0.5. The numbers differ.
 
     A key remembers its way, so this is asked where :func:`key`, :func:`PRNGKey` or :func:`wrap_key_data` makes one. Raw keys,
-    which are bare tensors, remember nothing: for them it is asked at each draw.
+    which are bare tensors, remember nothing: for them it is asked at each draw. A function of :func:`~torchbatch.jit` is traced
+    anew for the other way.
 
     Raises:
         AxisSpecError: ``new_val`` is no bool.
@@ -53,16 +43,13 @@ def threefry_partitionable(new_val: bool) -> Iterator[None]:
 
     Source: ``jax.threefry_partitionable``, the context of the setting ``jax_threefry_partitionable``.
     """
-    outer, _mode.partitionable = _mode.partitionable, _checked_mode("threefry_partitionable", new_val)
-    try:
+    with draw_state.counting(_checked_mode("threefry_partitionable", new_val)):
         yield
-    finally:
-        _mode.partitionable = outer
 
 
 def _checked_mode(name: str, partitionable: Any) -> bool:
     if partitionable is None:
-        return _mode.partitionable
+        return draw_state.partitionable()
     if not isinstance(partitionable, bool):
         raise AxisSpecError(f"{name}: partitionable must be True or False, but it is {shown(partitionable)}.")
     return partitionable
@@ -278,7 +265,7 @@ def _as_int32(value: torch.Tensor) -> torch.Tensor:
         value = draw_ops.same_bits(value, {4: torch.int32, 8: torch.int64, 2: torch.int16}[value.itemsize])
         value = value & 0xFFFF if value.itemsize == 2 else value
     if value.dtype is torch.int64:
-        value = ((value & _LOW) ^ 0x80000000) - 0x80000000
+        value = ((value & draw_math.WORD) ^ 0x80000000) - 0x80000000
     return value.to(torch.int32)
 
 
@@ -324,7 +311,7 @@ def wrap_key_data(
         partitionable: as in :func:`key`.
 
     Returns:
-        The key, or the array of keys.
+        The key, or the array of keys, which shares no memory with the words.
 
     Raises:
         InputTypeError: the words are no 32-bit integers, or the last axis is not of size 2.
@@ -341,7 +328,8 @@ def wrap_key_data(
     words = as_tensor(key_bits_array)
     if words is None:
         raise InputTypeError(f"wrap_key_data: the words must be an array of uint32, but they are {shown(key_bits_array)}.")
-    return _of_words("wrap_key_data", words, _checked_mode("wrap_key_data", partitionable))
+    found = _of_words("wrap_key_data", words, _checked_mode("wrap_key_data", partitionable))
+    return found._each(torch.clone)  # or the key would change with the array
 
 
 def _of_words(name: str, words: torch.Tensor, partitionable: bool) -> Key:
@@ -362,23 +350,21 @@ def wrapped(name: str, value: Any) -> Key:
     if isinstance(value, Key):
         return value
     if isinstance(value, torch.Tensor):
-        return _of_words(name, value, _mode.partitionable)
+        return _of_words(name, value, draw_state.partitionable())
     raise InputTypeError(
         f"{name}: the key must come from torchbatch.random (key, PRNGKey, split, fold_in), but it is {shown(value)}."
     )
 
 
 def single(name: str, value: Any) -> Key:
-    """The key that a function is called with, which it uses up.
+    """The key that a function is called with, which it will use up.
 
     Raises:
         InputTypeError: it is no key.
         AxisError: it is an array of keys.
-        RandomnessError: within ``debug_key_reuse()``, it was used before.
     """
-    found = _one(name, value)
-    reuse.use(name, found.first, found.second)
-    return found
+    reuse.begin(name)
+    return _one(name, value)
 
 
 def _one(name: str, value: Any) -> Key:
@@ -418,13 +404,19 @@ def split(key: KeyLike, num: int | Sequence[int] = 2) -> Any:
     Source: ``jax.random.split``.
     """
     found = single("split", key)
-    shape = shape_of("split", (num,) if _is_size(num) else num, "num")
+    shape = shape_of("split", (num,) if is_size(num) else num, "num")
     return _styled(key, children(found, shape))
 
 
 def children(key: Key, shape: Sequence[int]) -> Key:
-    """The array of keys that a key is split into."""
+    """The array of keys that a key is split into.
+
+    Raises:
+        RandomnessError: within ``debug_key_reuse()``, it was used before.
+    """
     count = math.prod(shape)
+    if draw_state.contexts:
+        reuse.use(key.first, key.second)
     words = _few_children(key, count)
     if words is None and key.partitionable:
         words = torch.stack(hashed(key, 0, _counts(count, key.device)))
@@ -490,7 +482,7 @@ def fold_in(key: KeyLike, data: Any) -> Any:
 
 
 def clone(key: KeyLike) -> Any:
-    """The same key, which ``debug_key_reuse`` takes for one that was not used.
+    """The same key, which ``debug_key_reuse`` lets be used once more.
 
     Shapes: ``[] -> []``.
 
@@ -512,7 +504,7 @@ def clone(key: KeyLike) -> Any:
     Source: ``jax.random.clone``.
     """
     found = wrapped("clone", key)
-    reuse.forget(found.first, found.second)
+    reuse.allow(found.first, found.second)
     return _styled(key, found._each(torch.clone))
 
 
@@ -555,13 +547,14 @@ def shape_of(name: str, shape: Any, argument: str = "shape") -> tuple[Any, ...]:
         AxisSpecError: it is no sequence of ints.
         AxisError: one of them is negative.
     """
-    if not isinstance(shape, tuple | list) or not all(_is_size(size) for size in shape):
-        hint = f" Write ({shape},)." if _is_size(shape) else ""
+    if not isinstance(shape, tuple | list) or not all(is_size(size) for size in shape):
+        hint = f" Write ({shape},)." if is_size(shape) else ""
         raise AxisSpecError(f"{name}: {argument} must be a tuple of ints, but it is {shown(shape)}.{hint}")
     if any(size < 0 for size in shape):
         raise AxisError(f"{name}: {argument} must not be negative, but it is {tuple(shape)}.")
     return tuple([size if isinstance(size, torch.SymInt) else int(size) for size in shape])
 
 
-def _is_size(value: Any) -> bool:
+def is_size(value: Any) -> bool:
+    """Whether a value may be the size of an axis."""
     return isinstance(value, int | torch.SymInt | np.integer) and not isinstance(value, bool)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from torchbatch.core.arrays import as_tensor
@@ -13,7 +14,7 @@ from torchbatch.core.describe import describe, shown
 from torchbatch.errors import AxisError, InputTypeError
 from torchbatch.random.continuous import gumbels
 from torchbatch.random.discrete import below, first_of
-from torchbatch.random.keys import Key, KeyLike, parts, shape_of, single
+from torchbatch.random.keys import Key, KeyLike, is_size, parts, shape_of, single
 from torchbatch.random.uniforms import unit
 from torchbatch.random.words import integers
 
@@ -49,8 +50,8 @@ def permutation(key: KeyLike, x: Any, axis: int = 0, independent: bool = False) 
 
 
 def _values(name: str, x: Any, key: Key) -> torch.Tensor:
-    if isinstance(x, int | torch.SymInt) and not isinstance(x, bool):
-        size: Any = max(x, 0)
+    if is_size(x):
+        size: Any = max(x if isinstance(x, torch.SymInt) else int(x), 0)
         return torch.arange(size, device=key.device)
     found = as_tensor(x)
     if found is None or not found.dim():
@@ -59,9 +60,9 @@ def _values(name: str, x: Any, key: Key) -> torch.Tensor:
 
 
 def _axis(name: str, axis: Any, values: torch.Tensor) -> int:
-    if not isinstance(axis, int) or not -values.dim() <= axis < values.dim():
+    if not isinstance(axis, int | np.integer) or not -values.dim() <= axis < values.dim():
         raise AxisError(f"{name}: axis must be an int in [{-values.dim()}, {values.dim()}), but it is {shown(axis)}.")
-    return axis % values.dim()
+    return int(axis) % values.dim()
 
 
 def _permuted(key: Key, values: torch.Tensor, axis: int, independent: bool) -> torch.Tensor:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from torchbatch._torch import draw_loops
 from torchbatch.core.describe import describe, shown
-from torchbatch.errors import AxisError, AxisSpecError
+from torchbatch.errors import AxisError, AxisSpecError, UnsupportedOperationError
+from torchbatch.random import reuse
 from torchbatch.random.continuous import exponential
 from torchbatch.random.discrete import signs
 from torchbatch.random.keys import Key, KeyLike, children, parts, shape_of, single
@@ -81,21 +82,93 @@ def loggamma(
 
 def _of_shape(name: str, key: Key, a: Any, shape: Any, dtype: Any, logarithm: bool) -> torch.Tensor:
     dtype = float_dtype(name, dtype)
-    wide = dtype if dtype is torch.float64 else torch.float32
-    alpha = parameter(name, "a", a, wide, key.device)
+    alpha = parameter(name, "a", a, _wide(dtype), key.device)
     return gammas(key, alpha.expand(broadcast(name, shape, a=alpha)), logarithm).to(dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which is drawn."""
+    return dtype if dtype is torch.float64 else torch.float32
 
 
 def gammas(key: Key, alpha: torch.Tensor, logarithm: bool) -> torch.Tensor:
     """Draws for a tensor of shape parameters, in float32 or float64."""
     keys = children(key, tuple(alpha.shape))
     drawn = draw_loops.call("gamma", keys.first, keys.second, alpha, logarithm, key.partitionable)
-    sample = drawn.exp().clamp(min=torch.finfo(drawn.dtype).tiny) if logarithm else drawn
+    result: torch.Tensor = _with_slope(alpha, drawn, logarithm)
+    return result
+
+
+class _WithSlope(torch.autograd.Function):
+    """What was drawn, with its derivative by the shape parameter."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(alpha: torch.Tensor, drawn: torch.Tensor, logarithm: bool) -> torch.Tensor:
+        """What was drawn."""
+        return drawn.view_as(drawn)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep what the derivative is made of."""
+        alpha, drawn, ctx.logarithm = inputs
+        ctx.save_for_backward(alpha, drawn)
+        ctx.save_for_forward(alpha, drawn)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        """In reverse mode."""
+        alpha, drawn = ctx.saved_tensors
+        return cotangent * _slope(alpha, drawn, ctx.logarithm), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Any, *_: Any) -> Any:
+        """In forward mode."""
+        alpha, drawn = ctx.saved_tensors
+        return tangent * _slope(alpha, drawn, ctx.logarithm)
+
+
+class _Once(torch.autograd.Function):
+    """A derivative that cannot be differentiated by the shape parameter."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(alpha: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        """The derivative."""
+        return slope.view_as(slope)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        """In reverse mode."""
+        raise UnsupportedOperationError(_TWICE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """In forward mode."""
+        raise UnsupportedOperationError(_TWICE)
+
+
+_TWICE = (
+    "gamma, and what is made of it (loggamma, beta, dirichlet, ball), can be differentiated once by its parameters; there is no "
+    "rule for the second derivative. Draw outside of the function that is differentiated twice, or .detach() the parameter."
+)
+_with_slope: Callable[..., Any] = _WithSlope.apply
+_once: Callable[..., Any] = _Once.apply
+
+
+def _slope(alpha: torch.Tensor, drawn: torch.Tensor, logarithm: bool) -> torch.Tensor:
+    """The derivative of a draw by the shape parameter."""
+    sample = drawn.detach().exp().clamp(min=torch.finfo(drawn.dtype).tiny) if logarithm else drawn.detach()
     slope = draw_loops.call("gamma_slope", alpha, sample)
-    if logarithm:
-        slope = slope / sample
-    slope = torch.where(slope.isfinite(), slope, 0)
-    return drawn + (alpha - alpha.detach()) * slope  # the second term is zero, and has the derivative
+    slope = slope / sample if logarithm else slope
+    found: torch.Tensor = _once(alpha, torch.where(slope.isfinite(), slope, 0))
+    return found
 
 
 def beta(
@@ -127,8 +200,7 @@ def beta(
     """
     found = single("beta", key)
     dtype = float_dtype("beta", dtype)
-    wide = dtype if dtype is torch.float64 else torch.float32
-    first, second = (parameter("beta", text, value, wide, found.device) for text, value in (("a", a), ("b", b)))
+    first, second = (parameter("beta", text, value, _wide(dtype), found.device) for text, value in (("a", a), ("b", b)))
     size = broadcast("beta", shape, a=first, b=second)
     halves = zip(parts(found, 2), (first, second), strict=True)
     logs = torch.stack([gammas(part, alpha.expand(size), logarithm=True) for part, alpha in halves])
@@ -164,11 +236,10 @@ def dirichlet(
     """
     found = single("dirichlet", key)
     dtype = float_dtype("dirichlet", dtype)
-    wide = dtype if dtype is torch.float64 else torch.float32
-    given = parameter("dirichlet", "alpha", alpha, wide, found.device)
+    given = parameter("dirichlet", "alpha", alpha, _wide(dtype), found.device)
     if not given.dim():
         raise AxisError(f"dirichlet: alpha must have an axis, the last one, for the components, but it is {describe(given)}.")
-    size = (*broadcast("dirichlet", shape, alpha=given.sum(-1)), given.shape[-1])
+    size = (*broadcast("dirichlet", shape, {"alpha": given.shape[:-1]}, alpha=given), given.shape[-1])
     return torch.softmax(gammas(found, given.expand(size), logarithm=True).double(), -1).to(dtype)
 
 
@@ -201,7 +272,7 @@ def ball(
     """
     found = single("ball", key)
     dtype = float_dtype("ball", dtype)
-    wide = dtype if dtype is torch.float64 else torch.float32
+    wide = _wide(dtype)
     (size,) = shape_of("ball", (d,), "d")
     batch = shape_of("ball", shape)
     power = parameter("ball", "p", p, wide, found.device)
@@ -249,5 +320,6 @@ def poisson(
     rate = parameter("poisson", "lam", lam, torch.float32, found.device)
     size = broadcast("poisson", shape, lam=rate)
     flat = rate.expand(size).reshape(math.prod(size))
+    reuse.use(found.first, found.second)
     drawn = draw_loops.call("poisson", found.first, found.second, flat, found.partitionable)
     return drawn.reshape(size).to(torch.int64 if dtype is None else dtype)

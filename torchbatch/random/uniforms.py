@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from torchbatch._torch import draw_math, draw_ops, overlay
+from torchbatch._torch import draw_math, draw_ops, levels, overlay
 from torchbatch.core.arrays import as_tensor
 from torchbatch.core.describe import describe, shown
+from torchbatch.core.weak import strong
 from torchbatch.errors import AxisError, AxisSpecError, InputTypeError
 from torchbatch.random.keys import Key, KeyLike, shape_of, single
 from torchbatch.random.words import integers
@@ -42,28 +43,43 @@ def parameter(name: str, argument: str, value: Any, dtype: torch.dtype, device: 
     """
     if isinstance(value, int | float):
         return torch.tensor(value, dtype=dtype, device=device)
-    found = as_tensor(value)
+    found = as_tensor(strong(value))
     if found is None or found.is_complex():
         raise InputTypeError(f"{name}: {argument} must be a real number or a tensor, but it is {shown(value)}.")
-    return found.to(dtype=dtype, device=found.device if isinstance(value, torch.Tensor) else device)
+    found = found.to(device=found.device if isinstance(value, torch.Tensor) else device)
+    if dtype in (torch.float16, torch.bfloat16) and found.dtype is not dtype:
+        found = rounded(found.float(), dtype)
+    return found.to(dtype)
 
 
-def broadcast(name: str, shape: Any, **parameters: torch.Tensor) -> tuple[int, ...]:
+def known(value: torch.Tensor) -> torch.Tensor | None:
+    """The numbers in a tensor, of all samples where it is mapped; None in a trace, which has none."""
+    if torch.compiler.is_compiling() or overlay.is_traced() or value.device.type == "meta":
+        return None
+    return levels.innermost(value)
+
+
+def broadcast(
+    name: str, shape: Any, batch: Mapping[str, Sequence[int]] | None = None, **parameters: torch.Tensor
+) -> tuple[int, ...]:
     """The shape of a draw, to which its parameters must broadcast; None is the shape that they have together.
+
+    ``batch`` has the batch axes of those parameters of which one is a vector or a matrix.
 
     Raises:
         AxisSpecError, AxisError: it is no shape, or they do not.
     """
-    sizes = [value.shape for value in parameters.values()]
+    sizes = {argument: value.shape for argument, value in parameters.items()} | dict(batch or {})
     given = None if shape is None else shape_of(name, shape)
     try:
-        found: Any = torch.broadcast_shapes(*sizes, *([] if given is None else [given]))  # type: ignore[no-untyped-call]
+        found: Any = torch.broadcast_shapes(*sizes.values(), *([] if given is None else [given]))  # type: ignore[no-untyped-call]
     except RuntimeError:
         found = None
     if found is None or (given is not None and tuple(found) != given):
-        described = ", ".join(f"{argument} is {describe(value)}" for argument, value in parameters.items())
+        described = [f"{argument} is {describe(value)}" for argument, value in parameters.items()]
+        axes = "" if batch is None else f" (batch axes {', '.join(str(tuple(size)) for size in batch.values())})"
         goal = "one another" if given is None else f"shape={given}"
-        raise AxisError(f"{name}: the parameters must broadcast to {goal}, but {described}.")
+        raise AxisError(f"{name}: the parameters must broadcast to {goal}, but {', '.join(described)}{axes}.")
     return tuple(found)
 
 
@@ -128,7 +144,26 @@ def between(key: Key, shape: Sequence[int], dtype: torch.dtype, low: Any, high: 
         low, high = (as_held(value, dtype) for value in (low, high))
         return step(whole, "affine_in_steps" if dtype is torch.bfloat16 else "affine", high - low, low)
     low, high = (torch.as_tensor(value, dtype=dtype, device=whole.device) for value in (low, high))
-    return torch.maximum(low, fused(whole, high - low, low))
+    return spread(whole, low, high)
+
+
+def spread(u: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers from 0 to 1 as such between two bounds, rounded where JAX rounds."""
+    dtype = u.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return torch.maximum(low, fused(u, high - low, low))
+    u, low, high = u.float(), low.float(), high.float()
+    product = u * rounded(high - low, dtype)  # which float32 holds
+    if dtype is torch.bfloat16:
+        product = rounded(product, dtype)
+    return torch.maximum(low, rounded(product + low, dtype)).to(dtype)
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 numbers as a dtype holds them, also where the compiler would leave that out; gradients pass through."""
+    if dtype is torch.float32:
+        return x
+    return draw_ops.draw(x, "same", (), DROPPED[dtype]) + torch.where(x.isfinite(), x - x.detach(), 0)
 
 
 def as_held(value: float, dtype: torch.dtype) -> float:

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 import torch
 
-from torchbatch._torch import draw_ops
+from torchbatch._torch import draw_ops, draw_state
+from torchbatch._torch.draw_math import WORD
 from torchbatch.core.describe import shown
 from torchbatch.errors import AxisError, AxisSpecError
+from torchbatch.random import reuse
 from torchbatch.random.keys import Key, KeyLike, few, hashed, shape_of, single
 
 _UNSIGNED = {torch.uint8: 8, torch.uint16: 16, torch.uint32: 32, torch.uint64: 64}
 _SIGNED = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
-_MOST = 2**32 - 1
 
 
 def bits(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -55,11 +56,17 @@ def bits(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None = No
 
 
 def integers(key: Key, shape: Sequence[int], width: int) -> torch.Tensor:
-    """Random bits as int32, or for a width of 64 as int64; fewer bits than 32 are the lowest ones, the others are 0."""
+    """Random bits as int32, or for a width of 64 as int64; fewer bits than 32 are the lowest ones, the others are 0.
+
+    Raises:
+        RandomnessError: within ``debug_key_reuse()``, the key was used before.
+    """
     count = math.prod(shape)
     flat = _at_once(key, count, width)
     if flat is None:
         flat = _parallel(key, shape, width) if key.partitionable else _in_halves(key, count, width)
+    if draw_state.contexts:
+        reuse.use(key.first, key.second)
     return flat.reshape(tuple(shape))
 
 
@@ -85,7 +92,7 @@ def _parallel(key: Key, shape: Sequence[int], width: int) -> torch.Tensor:
 
 def _joined(first: torch.Tensor, second: torch.Tensor, width: int) -> torch.Tensor:
     if width == 64:
-        return (first.long() << 32) | (second.long() & 0xFFFFFFFF)
+        return (first.long() << 32) | (second.long() & WORD)
     word = first ^ second
     return word if width == 32 else word & ((1 << width) - 1)
 
@@ -93,7 +100,7 @@ def _joined(first: torch.Tensor, second: torch.Tensor, width: int) -> torch.Tens
 def _in_halves(key: Key, count: int, width: int) -> torch.Tensor:
     """The older way: the words are those of the hashes of pairs of counters that lie half of the whole apart."""
     needed = -(-count * width // 32)
-    if needed > _MOST:
+    if needed > WORD:
         raise AxisError(f"a draw of {count} numbers with partitionable=False needs more than 2**32 - 1 words. Split the key.")
     half = (needed + 1) // 2
     low = torch.arange(half, device=key.device)
