@@ -10,7 +10,7 @@ from torch import nn
 
 import torchbatch
 from torchbatch import grad, hessian, jacfwd, jacrev, jit, jvp, vmap
-from torchbatch.errors import RandomnessError
+from torchbatch.errors import RandomnessError, UnsupportedOperationError
 from torchbatch.testing import loop
 
 KINDS = {
@@ -145,3 +145,22 @@ def test_shared_weights_run_pytorchs_own_kernel_once():
         vmap(network)(x)
     seen = [event.name for event in profile.events()]
     assert seen.count("aten::lstm") <= 2 and seen.count("aten::sigmoid") == 0
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_packed_sequences_are_refused_with_a_way_out(kind):
+    network, x, lengths = kind(3, 4, batch_first=True), torch.randn(4, 2, 5, 3), torch.tensor([5, 3])
+
+    def packed(x, lengths):
+        sequences = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return nn.utils.rnn.pad_packed_sequence(network(sequences)[0], batch_first=True)[0]
+
+    message = r"pack_padded_sequence cannot pack sequences that vary .* out\[length - 1\] is .*\n  in packed, .*\n    sequences ="
+    for fun in (packed, grad(lambda x, lengths: packed(x, lengths).sum())):
+        with pytest.raises(UnsupportedOperationError, match=message):
+            vmap(fun, (0, None))(x, lengths)
+    with pytest.raises(UnsupportedOperationError, match="pack_padded_sequence"):
+        vmap(packed)(x, lengths.expand(4, 2))
+    masked = vmap(lambda x: torch.where(torch.arange(5)[:, None] < lengths[:, None, None], network(x)[0], 0.0))(x)
+    torch.testing.assert_close(masked, torch.stack([packed(each, lengths) for each in x]), atol=1e-5, rtol=1e-5)
+    assert packed(x[0], lengths).shape == vmap(lambda y: packed(x[0], lengths) + y)(torch.zeros(2)).shape[1:]

@@ -24,7 +24,22 @@ EVERY_WAY = pytest.mark.parametrize("how", ["eager", "jit", "inductor"], indirec
 RNG = np.random.default_rng(0)
 TRANSFORMS = ("vmap", "grad", "jvp", "jacrev", "jacfwd", "hessian")
 OURS = SimpleNamespace(lax=lax, np=torch, array=torch.tensor, **{name: getattr(torchbatch, name) for name in TRANSFORMS})
-THEIRS = SimpleNamespace(lax=jax.lax, np=jax.numpy, array=jax.numpy.asarray, **{name: getattr(jax, name) for name in TRANSFORMS})
+parallel = pytest.importorskip("jax._src.lax.parallel")  # pargmax and pargmin are in no public module of JAX any more
+
+
+def jax_pbroadcast(x, axis_name, source):
+    """What JAX 0.10 says that its pbroadcast is; its own rule for vmap fails."""
+
+    def one(leaf):
+        sent = jax.numpy.where(jax.lax.axis_index(axis_name) == source, leaf, jax.numpy.zeros_like(leaf))
+        return jax.lax.psum(sent, axis_name).astype(sent.dtype)
+
+    return jax.tree.map(one, x)
+
+
+SUBSTITUTES = {"pargmax": parallel.pargmax, "pargmin": parallel.pargmin, "pbroadcast": jax_pbroadcast}
+JAX_LAX = SimpleNamespace(**{**vars(jax.lax), **SUBSTITUTES})
+THEIRS = SimpleNamespace(lax=JAX_LAX, np=jax.numpy, array=jax.numpy.asarray, **{name: getattr(jax, name) for name in TRANSFORMS})
 
 
 def data(*shape):
@@ -69,6 +84,9 @@ FUNCTIONS = {
     "pmean": lambda lax, x, names, n: lax.pmean(x, names),
     "pmax": lambda lax, x, names, n: lax.pmax(x, names),
     "pmin": lambda lax, x, names, n: lax.pmin(x, names),
+    "pargmax": lambda lax, x, names, n: lax.pargmax(x, names),
+    "pargmin": lambda lax, x, names, n: lax.pargmin(x, names),
+    "pbroadcast": lambda lax, x, names, n: lax.pbroadcast(x, names, n - 1),
     "all_gather": lambda lax, x, names, n: lax.all_gather(x, names),
     "all_gather last": lambda lax, x, names, n: lax.all_gather(x, names, axis=-1),
     "all_gather tiled": lambda lax, x, names, n: lax.all_gather(x, names, axis=1, tiled=True),
@@ -84,8 +102,9 @@ FUNCTIONS = {
     "axis_index": lambda lax, x, names, n: times(x, lax.axis_index(names)),
     "axis_size": lambda lax, x, names, n: times(x, lax.axis_size(names)),
 }
-IN_JAX = [name for name in FUNCTIONS if hasattr(jax.lax, name.split()[0])]
-DERIVED = [name for name in IN_JAX if name not in ("pmax", "pmin", "axis_size")]  # JAX has no derivative of pmax
+IN_JAX = [name for name in FUNCTIONS if hasattr(JAX_LAX, name.split()[0])]
+FLAT = ("pargmax", "pargmin")  # JAX has them for arrays only, not for trees
+DERIVED = [name for name in IN_JAX if name not in ("pmax", "pmin", "axis_size", *FLAT)]  # JAX has no derivative of pmax
 SEVERAL = ("psum", "pmean", "pmax", "pmin", "all_to_all", "axis_index", "axis_size")  # JAX has no others over a tuple
 NAMES = {"inner": "inner", "outer": "outer", "both": ("outer", "inner"), "turned": ("inner", "outer")}
 
@@ -142,7 +161,7 @@ def test_rule_11_mapped_at_some_levels(function, names):
         agree(thunk)
 
 
-@pytest.mark.parametrize("function", IN_JAX)
+@pytest.mark.parametrize("function", [name for name in IN_JAX if name not in FLAT])
 def test_rule_11_trees_with_mapped_and_unmapped_leaves(function):
     x, y = data(3, rows(function, 3), 2), data(rows(function, 3), 2)
 
@@ -163,13 +182,13 @@ def test_rule_11_axes(function, in_axes, out_axes):
     agree(lambda lib: lib.vmap(lambda v: FUNCTIONS[function](lib.lax, v, "i", 3), in_axes, out_axes, axis_name="i")(lib.array(x)))
 
 
-@pytest.mark.parametrize("function", ["psum", "pmean", "pmax", "pmin"])
+@pytest.mark.parametrize("function", ["psum", "pmean", "pmax", "pmin", "pbroadcast"])
 @pytest.mark.parametrize("dtype", ["bool", "int8", "int32", "float32", "float64"])
 def test_rule_11_dtypes(function, dtype):
     x = np.asarray(X > 0 if dtype == "bool" else X * 10).astype(dtype)
     for axes in (0, None):
         ours = agree(
-            lambda lib, a=axes: lib.vmap(lambda v: getattr(lib.lax, function)(v, "i"), a, axis_name="i", axis_size=3)(
+            lambda lib, a=axes: lib.vmap(lambda v: FUNCTIONS[function](lib.lax, v, "i", 3), a, axis_name="i", axis_size=3)(
                 lib.array(x)
             )
         )
@@ -194,6 +213,34 @@ def test_rule_11_the_extreme_of_no_samples(function, dtype):
     )
 
 
+@pytest.mark.parametrize("function", FLAT)
+@pytest.mark.parametrize("dtype", ["bool", "int8", "int32", "float32", "float64"])
+def test_rule_11_the_first_of_equal_extremes(function, dtype):
+    x = np.array([[0, 1, 2], [5, 1, 2], [5, 0, 1], [0, 0, 5]]).astype(dtype)
+    for axes, out in [(0, 0), (0, None), (None, 0)]:
+        ours = agree(
+            lambda lib, a=axes, o=out: lib.vmap(lambda v: getattr(lib.lax, function)(v, "i"), a, o, axis_name="i", axis_size=4)(
+                lib.array(x)
+            )
+        )
+        assert ours.dtype is torch.int64
+    nothing = vmap(lambda v: getattr(lax, function)(v, "i"), 0, None, axis_name="i")(torch.tensor(x[:0]))
+    assert nothing.tolist() == [torch.iinfo(torch.int64).max] * 3  # JAX: the largest number of its own type
+
+
+@pytest.mark.parametrize("function", FLAT)
+def test_the_place_of_an_extreme_is_that_of_torch(function):
+    x = torch.tensor([1.0, math.nan, 5.0, math.nan, -5.0])
+    there = {"pargmax": torch.argmax, "pargmin": torch.argmin}[function]
+    assert vmap(lambda v: getattr(lax, function)(v, "i"), 0, None, axis_name="i")(x) == there(x) == 1
+    trees = over_i(lambda v: getattr(lax, function)({"a": v, "b": (3, None)}, "i"))
+    same(trees, {"a": there(tx(), 0).expand(3, 4), "b": (torch.zeros(3, dtype=torch.int64), None)})
+
+
+def test_pbroadcast_of_what_all_samples_share_needs_no_out_axis():
+    assert torch.equal(over_i(lambda v: lax.pbroadcast(v, "i", 1), out_axes=None), tx()[1])
+
+
 def test_rule_11_python_numbers():
     seen = []
 
@@ -206,7 +253,7 @@ def test_rule_11_python_numbers():
     assert seen == [(3, 7.5, 3, (3, None), 3), (3.0, 3, {"a": 2.5})]
     assert [type(v) for v in seen[0]] == [int, float, int, tuple, int]
     assert math.isnan(vmap(lambda: lax.pmean(3, "i"), axis_name="i", axis_size=0, out_axes=None)())
-    for function in ("all_gather", "ppermute", "pshuffle"):
+    for function in ("all_gather", "ppermute", "pshuffle", "pbroadcast"):
         agree(lambda lib, f=function: lib.vmap(lambda v: FUNCTIONS[f](lib.lax, 3, "i", 3), axis_name="i")(lib.array(X)))
 
 
@@ -252,16 +299,19 @@ def test_rule_11_the_last_of_several_names_varies_fastest(names):
 
     def fun(v):
         spread = lax.all_gather(v, names), lax.psum_scatter(v, names), lax.pshuffle(v, names, perm)
-        return *spread, lax.ppermute(v, names, list(zip(perm, range(6), strict=True))), lax.axis_index(names)
+        places = lax.pargmax(v, names), lax.pbroadcast(v, names, 4)
+        return *spread, *places, lax.ppermute(v, names, list(zip(perm, range(6), strict=True))), lax.axis_index(names)
 
     turned = names == ("b", "a")
-    gathered, scattered, shuffled, permuted, index = vmap(vmap(fun, axis_name="b"), axis_name="a")(torch.tensor(x))
+    gathered, scattered, shuffled, place, sent, permuted, index = vmap(vmap(fun, axis_name="b"), axis_name="a")(torch.tensor(x))
     numbers = np.arange(6).reshape(2, 3).T if turned else np.arange(6).reshape(3, 2)
     flat = (x.swapaxes(0, 1) if turned else x).reshape(6, 6, 4)
     same(index, numbers)
     same(gathered, np.broadcast_to(flat, (3, 2, 6, 6, 4)))
     same(scattered, flat.sum(0)[numbers])
     same(shuffled, flat[np.array(perm)[numbers]])
+    same(place, np.broadcast_to(flat.argmax(0), (3, 2, 6, 4)))
+    same(sent, np.broadcast_to(flat[4], (3, 2, 6, 4)))
     same(permuted, shuffled)
 
 
@@ -568,10 +618,11 @@ def test_importing_does_not_load_the_compiler():
 
 
 def test_signatures_are_those_of_jax():
-    collectives = [name for name in lax.__all__ if getattr(lax, name).__module__ == "torchbatch.lax.collectives"]
-    assert "psum" in collectives
+    modules = ("torchbatch.lax.collectives", "torchbatch.lax.extremes")
+    collectives = [name for name in lax.__all__ if getattr(lax, name).__module__ in modules]
+    assert {"psum", "pmax", "pargmax"} < {*collectives}
     for name in collectives:
-        theirs = getattr(jax.lax, name, None)
+        theirs = getattr(parallel, name, None)
         if theirs is not None:
             mine, known = [
                 {k: (p.kind, p.default) for k, p in inspect.signature(f).parameters.items()} for f in (getattr(lax, name), theirs)
@@ -669,6 +720,10 @@ TROUBLE = {
     "ppermute(v, 'i', [(0, 3)])": r"ppermute got the pair \(0, 3\) in perm, but there are 3 samples: they run from 0 to 2\.",
     "pshuffle(v, 'i', [0, 0, 1])": r"pshuffle needs a perm that holds each number from 0 to 2 once, but it is \[0, 0, 1\]\.",
     "pshuffle(v, 'i', [0, 1])": r"pshuffle needs a perm that holds each number from 0 to 2 once, but it is \[0, 1\]\.",
+    "pbroadcast(v, 'i', 3)": r"pbroadcast got source=3, but there are 3 samples: they run from 0 to 2\.",
+    "pbroadcast(v, 'i', -1)": r"pbroadcast got source=-1, but there are 3 samples: they run from 0 to 2\.",
+    "pbroadcast(v, 'i', 1.5)": r"pbroadcast needs an int for source, but it is 1\.5 of type float\.",
+    "pargmax('v', 'i')": r"pargmax takes tensors, arrays, numbers and trees of them, but it got 'v' of type str\.",
     "psum('v', 'i')": r"psum takes tensors, arrays, numbers and trees of them, but it got 'v' of type str\.",
     "psum({'a': [v, object]}, 'i')": r"psum takes tensors, .* but it got <class 'object'> of type type\.",
     "psum(v, 'i', axis_index_groups=[[0, 1, 2]])": r"psum has no axis_index_groups under vmap, in JAX neither\. Map over two axes",  # noqa: E501

@@ -452,7 +452,7 @@ def test_forward_mode_of_a_vjp_is_an_error_as_in_jax():
         ),
         (lambda r, ct: (ct,), GradientTypeError, "but it returned 1 values."),
         (lambda r, ct: ((ct,), ct), GradientTypeError, "a cotangent with the structure of argument x, or None, but it returned"),
-        (lambda r, ct: (ct, ct.reshape(1)), GradientValueError, "of the shape of argument y, float32[], but it is float32[1]."),
+        (lambda r, ct: (ct, ct.reshape(1)), GradientValueError, "and dtype of argument y, float32[], but it is float32[1]."),
         (lambda r, ct: (ct, "a"), GradientTypeError, "custom_vjp: the cotangent of y is 'a' of type str"),
     ],
 )
@@ -526,3 +526,83 @@ def test_a_python_number_keeps_its_digits():
     one = torch.ones((), dtype=torch.float64)
     assert scaled(one, 0.1).item() == 0.1
     assert grad(lambda x: scaled(x, 0.1))(one).item() == 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_python_number_does_not_promote_single_numbers(dtype):
+    made = custom_jvp(lambda x, a: x * a + 1)
+    made.defjvp(lambda primals, tangents: (made(*primals), tangents[0] * primals[1] + primals[0] * tangents[1]))
+    x = torch.ones(3, dtype=dtype)
+    found = [made(x[0], 0.1), vmap(lambda x: made(x, 0.1))(x), vmap(grad(lambda x: made(x, 0.1)))(x)]
+    assert [value.dtype for value in found] == [dtype] * 3
+    same(found[0], x[0] * 0.1 + 1)
+    jax = pytest.importorskip("jax")
+    theirs = jax.custom_jvp(lambda x, a: x * a + 1)
+    theirs.defjvp(lambda primals, tangents: (theirs(*primals), tangents[0] * primals[1] + primals[0] * tangents[1]))
+    if dtype is torch.float16:
+        assert jax.vmap(lambda x: theirs(x, 0.1))(x.numpy()).dtype == np.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.complex64, torch.int64, torch.bool])
+def test_a_cotangent_of_another_dtype_is_an_error(dtype):
+    made = custom_vjp(lambda x: x * 2)
+    made.defvjp(lambda x: (x * 2, None), lambda _, ct: (torch.ones(3, dtype=dtype),))
+    name = str(dtype).removeprefix("torch.")
+    message = f"must return a cotangent of the shape and dtype of argument x, float32[3], but it is {name}[3]"
+    with pytest.raises(GradientValueError, match=re.escape(message)):
+        grad(lambda x: made(torch.sin(x)).sum())(X[:3])
+    jax = pytest.importorskip("jax")
+    theirs = jax.custom_vjp(lambda x: x * 2)
+    theirs.defvjp(lambda x: (x * 2, None), lambda _, ct: (np.ones(3, "float16"),))
+    with pytest.raises(TypeError):
+        jax.grad(lambda x: theirs(jax.numpy.sin(x)).sum())(X[:3].numpy())
+
+
+def test_a_number_is_a_cotangent_of_a_number():
+    made = custom_vjp(lambda x: x * 2)
+    made.defvjp(lambda x: (x * 2, None), lambda _, ct: (3.0,))
+    for dtype in (torch.float16, torch.float64):
+        found = grad(made)(torch.ones((), dtype=dtype))
+        assert found.dtype is dtype and found == 3
+
+
+@pytest.mark.parametrize("kind", [custom_jvp, custom_vjp])
+@pytest.mark.parametrize("reach", ["closure", "argument", "method", "deep"])
+def test_closing_over_a_module_is_an_error_where_its_parameters_are_differentiated(kind, reach):
+    """Their gradients would be lost."""
+    net = torch.nn.Linear(3, 3)
+
+    class Holder:
+        def __init__(self):
+            self.nets = {"one": [net]}
+
+        def run(self, x):
+            return self.nets["one"][0](x)
+
+    holder = Holder()
+    call = {"closure": net, "method": holder.run, "deep": lambda x: holder.run(x)}.get(reach)
+    if reach == "argument":
+        made = kind(lambda f, x: f(x), nondiff_argnums=0)
+        if kind is custom_jvp:
+            made.defjvp(lambda f, primals, tangents: (f(*primals), f.weight @ tangents[0]))
+        else:
+            made.defvjp(lambda f, x: (f(x), None), lambda f, _, ct: (f.weight.T @ ct,))
+        function = partial(made, net)
+    else:
+        made = function = kind(lambda x: call(x))
+        if kind is custom_jvp:
+            made.defjvp(lambda primals, tangents: (call(*primals), net.weight @ tangents[0]))
+        else:
+            made.defvjp(lambda x: (call(x), None), lambda _, ct: (net.weight.T @ ct,))
+    x = X[:3]
+    with pytest.raises(UnsupportedOperationError, match="closes over a value that a transform around it maps or differentiates"):
+        function(x.clone().requires_grad_()).sum().backward()
+    with pytest.raises(UnsupportedOperationError, match="closes over a value"):
+        function(x)
+    with torch.no_grad():
+        same(function(x), net(x))
+    net.requires_grad_(False)
+    same(grad(lambda x: function(x).sum())(x), net.weight.sum(0))
+    leaf = x.clone().requires_grad_()
+    function(leaf).sum().backward()
+    same(leaf.grad, net.weight.sum(0))

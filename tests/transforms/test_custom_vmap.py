@@ -393,3 +393,20 @@ def test_tangents_are_told_apart_from_values():
     primal, tangent = vmap(lambda x, t: jvp(f, (x, one, one), (x, one, t)))(x, 2 * x)
     torch.testing.assert_close(primal, x)
     torch.testing.assert_close(tangent, x + x + x * 2 * x)
+
+
+@pytest.mark.parametrize(
+    ("fun", "text"),
+    [
+        (lambda x: {"a": x} if x > 0 else {"b": x}, "{'a': float32[]} for sample 0 and {'b': float32[]} for sample 2"),
+        (lambda x: (x, x) if x > 0 else [x, x], "(float32[], float32[]) for sample 0 and [float32[], float32[]] for sample 2"),
+        (lambda x: x if x > 0 else x.double(), "float32[] for sample 0 and float64[] for sample 2"),
+        (lambda x: x if x > 0 else x[None], "float32[] for sample 0 and float32[1] for sample 2"),
+        (lambda x: x if x > 0 else (x, None), "float32[] for sample 0 and (float32[], None) for sample 2"),
+        (lambda x: (x, x) if x > 0 else (x,), "(float32[], float32[]) for sample 0 and (float32[],) for sample 2"),
+    ],
+)
+def test_sequential_samples_must_be_alike(fun, text):
+    message = f"must return the same tree of the same shapes and dtypes for every sample, but it returned {text}."
+    with pytest.raises(OutputTypeError, match=re.escape(message)):
+        vmap(sequential_vmap(fun))(torch.tensor([1.0, 2.0, -1.0]))

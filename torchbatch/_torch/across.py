@@ -4,11 +4,12 @@
 first axis again, and :func:`total` sums over the samples. All three work however many transforms are open inside the level,
 and can be differentiated. They need the number of a level and its size, not the name of an axis.
 
-Right inside a level, a look is an unwrap. Elsewhere the wrappers of other transforms lie around the batch, and
-:class:`_Gather` takes the look down to its level through them.
+Right inside a level, a look is an unwrap. Elsewhere the wrappers of other transforms lie around the batch, and the look goes down
+through them, one by one. (An ``autograd.Function`` with a ``vmap`` of its own would do that too, but in forward mode inside
+forward mode PyTorch loses a tangent of it.)
 
-Private names used: those of :mod:`torchbatch._torch.levels`, :mod:`torchbatch._torch.overlay` and
-:mod:`torchbatch._torch.wrappers`.
+Private names used: those of :mod:`torchbatch._torch.levels`, :mod:`torchbatch._torch.lowered`,
+:mod:`torchbatch._torch.overlay` and :mod:`torchbatch._torch.wrappers`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from torchbatch._torch import levels, overlay, wrappers
+from torchbatch._torch import levels, lowered, overlay, wrappers
 
 
 def gather(x: torch.Tensor, level: int, size: int) -> torch.Tensor:
@@ -29,8 +30,9 @@ def gather(x: torch.Tensor, level: int, size: int) -> torch.Tensor:
     if levels.depth() == level:
         value, axis = levels.unwrap_batched(x, level)
         return value.movedim(axis, 0)
-    result: torch.Tensor = _Gather.apply(x, level, size)
-    return result
+    transform: Any = lowered.innermost()
+    through = _through_map if transform.is_map else _through_forward if transform.is_forward else _through_reverse
+    return through(transform, x, level, size)
 
 
 def total(x: torch.Tensor, level: int, size: int) -> torch.Tensor:
@@ -66,28 +68,44 @@ def copy(x: torch.Tensor) -> torch.Tensor:
     return overlay.call(torch.clone, (x,), {}) if overlay.is_traced() else x.clone()
 
 
-class _Gather(torch.autograd.Function):
-    """:func:`gather` of what is batched at a level that is not the innermost transform."""
+def _through_map(transform: lowered.Transform, x: torch.Tensor, level: int, size: int) -> torch.Tensor:
+    value, axis = levels.unwrap_batched(x, transform.level)
+    with transform.below():
+        full = gather(value if axis is None else value.movedim(axis, 0), level, size)
+    result: torch.Tensor = full if axis is None else levels.add_batch_dim(full, 1, transform.level)
+    return result
+
+
+def _through_forward(transform: lowered.Transform, x: torch.Tensor, level: int, size: int) -> torch.Tensor:
+    primal, tangent = transform.unpacked(x)
+    with transform.below():
+        full = gather(primal, level, size)
+        moved = None if tangent is None else gather(tangent, level, size)
+    return full if moved is None else transform.packed(full, moved)
+
+
+def _through_reverse(transform: lowered.Transform, x: torch.Tensor, level: int, size: int) -> torch.Tensor:
+    (lifted,) = transform.lifted([x])
+    if lifted.requires_grad:
+        result: torch.Tensor = _Gather.run(lifted, transform, level, size)
+        return result
+    with transform.below():
+        return gather(transform.taken(lifted), level, size)
+
+
+class _Gather(lowered.AtOneLevel):
+    """:func:`gather` in reverse mode."""
 
     @staticmethod
-    def forward(x: torch.Tensor, level: int, size: int) -> torch.Tensor:
-        return gather(x, level, size).clone()
+    def forward(x: torch.Tensor, transform: lowered.Transform, level: int, size: int) -> torch.Tensor:
+        with lowered.differentiable(), transform.below():
+            full = gather(transform.taken(x), level, size)
+        return transform.given(full)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, int, int], output: torch.Tensor) -> None:
-        _, ctx.level, ctx.size = inputs
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None, None], x: torch.Tensor, level: int, size: int) -> tuple[Any, Any]:
-        values = x.movedim(in_dims[0], 0)
-        if levels.depth() + 1 == level:
-            return values.contiguous(), None  # forward mode wants each element in a place of its own
-        return gather(values, level, size).contiguous(), 1
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, lowered.Transform, int, int], output: torch.Tensor) -> None:
+        _, _, ctx.level, ctx.size = inputs
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return own(total(gradient, ctx.level, ctx.size), ctx.level, ctx.size), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
-        return gather(tangent, ctx.level, ctx.size).clone()
+        return own(total(gradient, ctx.level, ctx.size), ctx.level, ctx.size), None, None, None

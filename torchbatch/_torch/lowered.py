@@ -74,6 +74,11 @@ class Transform:
             if writing is not None:
                 calls.append(writing)
 
+    def below(self) -> contextlib.AbstractContextManager[Any]:
+        """:meth:`outside` for what calls no function of the user."""
+        below: contextlib.AbstractContextManager[Any] = self._interpreter.lower()
+        return below
+
     def lifted(self, values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The values as values of this transform, which differentiates."""
         lifted: tuple[torch.Tensor, ...] = self._interpreter.lift(tuple(values), {})[0]

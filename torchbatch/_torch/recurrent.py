@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from torchbatch._torch import levels, lowered, overlay
-from torchbatch._torch import repairs as repairs  # the kernels of this file go around those of that one
+from torchbatch._torch import caller, levels, lowered, overlay
+from torchbatch.errors import UnsupportedOperationError
 
 State = tuple[Tensor, ...]  # the hidden state, and of an LSTM the cell state
 Step = Callable[[Tensor, Tensor, State], State]
@@ -210,9 +210,43 @@ def _instead(step: Step, packet: Any) -> Callable[[overlay.Operator], overlay.Op
 
 _STEPS: dict[str, Step] = {"lstm": _lstm_step, "gru": _gru_step, "rnn_tanh": _tanh_step, "rnn_relu": _relu_step}
 _CELLS = {f"{name}_cell": _cell(step) for name, step in _STEPS.items()}
+
+
+def _as_called(name: str) -> Callable[..., Any]:
+    """A network as modules call it, step by step; one of a packed sequence stays what it is."""
+    network, original = _network(_STEPS[name]), getattr(torch, name)
+
+    def called(x: Tensor, states: Any, weights: Any, *options: Any) -> Any:
+        if isinstance(weights, Tensor):
+            return original(x, states, weights, *options)
+        return network(x, [states] if isinstance(states, Tensor) else states, weights, *options)
+
+    return called
+
+
+#: For functions of PyTorch, those that do the same step by step.
+STEPWISE = {getattr(torch, name): _as_called(name) for name in _STEPS} | {getattr(torch, name): _CELLS[name] for name in _CELLS}
 REGISTERED = [name for name in _CELLS if overlay.register(name, lambda operator: _CELLS[operator.__name__])]
 REGISTERED += [
     f"{name}.input"
     for name, step in _STEPS.items()
     if overlay.register(f"{name}.input", _instead(step, getattr(torch.ops.aten, name).input))
 ]
+
+
+def _packing(original: overlay.Operator) -> overlay.Operator:
+    """How many sequences go on at each step is a number in Python, and a pack of one sample is no part of a pack of all."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        if any(map(_varies, args[:2])):
+            raise UnsupportedOperationError(
+                "pack_padded_sequence cannot pack sequences that vary from sample to sample. Inside vmap, run the network on the "
+                "padded sequences, and choose what counts: out[length - 1] is the last output of a sequence, and "
+                f"torch.where(torch.arange(time) < length, out, 0.0) leaves the padding out.{caller.line()}"
+            )
+        return original(*args, **kwargs)
+
+    return kernel
+
+
+overlay.register("_pack_padded_sequence", _packing)

@@ -3,8 +3,7 @@
 They are asked before any transform and only inside a mapped function, so each is a composition that can be differentiated.
 
 Private names used: those of :mod:`torchbatch._torch.overlay` and :mod:`torchbatch._torch.levels`;
-``torch._decomp.decomposition_table`` and, in ``torch._decomp.decompositions``, ``_rnn_helper``, ``gather_params``,
-``one_layer_lstm``.
+``torch._decomp.decomposition_table``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table, decompositions
+from torch._decomp import decomposition_table
 
 from torchbatch._torch import batching, caller, formulas, levels, overlay
 from torchbatch.errors import DataDependentError, UnsupportedOperationError
@@ -267,8 +266,7 @@ def _decomposed(name: str) -> None:
     repair(name)(lambda _, *args, **kwargs: decomposition_table[operator](*args, **kwargs))
 
 
-for _name in ("multi_margin_loss", "gru.input", "rnn_tanh.input", "rnn_relu.input"):
-    _decomposed(_name)
+_decomposed("multi_margin_loss")
 
 
 def _batched_alike(a: Tensor, b: Tensor) -> bool:
@@ -288,9 +286,7 @@ def _elementwise_loss(name: str, formula: Callable[..., Tensor]) -> None:
 
 
 _elementwise_loss("mse_loss", torch.square)
-_elementwise_loss(
-    "huber_loss", lambda d, delta=1.0: torch.where(d.abs() < delta, d * d / 2, delta * (d.abs() - delta / 2))
-)
+_elementwise_loss("huber_loss", lambda d, delta=1.0: torch.where(d.abs() < delta, d * d / 2, delta * (d.abs() - delta / 2)))
 _elementwise_loss(
     "smooth_l1_loss",
     lambda d, beta=1.0: torch.where(d.abs() < beta, d * d / 2 / (beta or 1.0), d.abs() - beta / 2),
@@ -328,26 +324,12 @@ def ctc_loss(
 
 
 @repair("ctc_loss.Tensor")
-def ctc_loss_of_tensors(
-    _: Original, scores: Tensor, targets: Tensor, inputs: Tensor, lengths: Tensor, *options: Any
-) -> Tensor:
+def ctc_loss_of_tensors(_: Original, scores: Tensor, targets: Tensor, inputs: Tensor, lengths: Tensor, *options: Any) -> Tensor:
     """The same, where all samples have the same lengths."""
     if varies(inputs) or varies(lengths):
         result: Tensor = _(scores, targets, inputs, lengths, *options)
         return result
     return ctc_loss(_, scores, targets, inputs.reshape(-1).tolist(), lengths.reshape(-1).tolist(), *options)
-
-
-@repair("lstm.input")
-def lstm(
-    _: Original, x: Tensor, hidden: Sequence[Tensor], weights: Sequence[Tensor], has_biases: bool, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Step by step, as PyTorch's definition in Python does; the fused layer has no batching rule."""
-    parts = decompositions.gather_params(weights, has_biases, hidden[0].size(2) != hidden[1].size(2))
-    states = list(zip(hidden[0], hidden[1], strict=True))
-    run: Any = decompositions._rnn_helper
-    result, last = run(x, states, parts, has_biases, *options, decompositions.one_layer_lstm)
-    return result, torch.stack([h for h, _ in last]), torch.stack([c for _, c in last])
 
 
 @repair("conv_tbc")

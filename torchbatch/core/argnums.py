@@ -10,6 +10,7 @@ from typing import Any
 import optree
 import torch
 
+from torchbatch._torch import places
 from torchbatch.core import tree
 from torchbatch.errors import GradientTypeError, GradientValueError
 
@@ -128,7 +129,8 @@ def unflatten(structure: tree.TreeDef, leaves: Iterable[Any]) -> Any:
 def alias(leaf: Any) -> Any:
     """The same memory as a tensor that belongs to the innermost transform; anything else as it is."""
     if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not leaf.is_nested:
-        return leaf[...]
+        inside = leaf[...]
+        return inside if inside.dim() or _is_compiling() else places.mark(inside)
     return leaf
 
 

@@ -26,8 +26,8 @@ import torch
 from torchbatch._torch import levels, lowered
 from torchbatch._torch.guards import hidden_from_compile
 from torchbatch._torch.lowered import Transform, alive
-from torchbatch.core import batch
-from torchbatch.core.derivative import is_inexact
+from torchbatch.core import batch, recompute
+from torchbatch.core.derivative import is_inexact, or_zeros
 from torchbatch.core.frames import in_scope
 from torchbatch.core.wrapper import Wrapper
 from torchbatch.core.writes import may_write
@@ -110,12 +110,14 @@ class CustomFunction(Wrapper):
         rule, functions = self.rule(args, kwargs)
         if self._writes is None:
             self._writes = any(may_write(function) for function in functions)
-        values = rule.args.take()
+        values = recompute.seen(rule.args.take())
         enclosed = [value for function in functions for value in _enclosed(function, 2)]
         if enclosed and rule.applies([*values, *enclosed]) and any(map(rule.must_know, enclosed)):
             raise _closed_over(rule)
-        with lowered.writable() if self._writes else contextlib.nullcontext():
+        inside = recompute.opaque(values, lambda: _closed_over(rule)) if rule.applies(values) else contextlib.nullcontext()
+        with inside, lowered.writable() if self._writes else contextlib.nullcontext():
             results = call(rule, values)
+        recompute.note(results)
         return rule.output.rebuild(results)
 
     def rule(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Sequence[Callable[..., Any]]]:
@@ -186,17 +188,13 @@ def _through_forward(rule: Rule, values: Tensors, transform: Transform) -> list[
             results, tangents = call(rule, primals), None
         else:
             rule.refuse([tangent is not None for _, tangent in pairs])
-            results, tangents = rule.push(primals, [_or_zeros(tangent, primal) for primal, tangent in pairs])
+            results, tangents = rule.push(primals, [or_zeros(tangent, primal) for primal, tangent in pairs])
         _check_below([*results, *(tangents or ())], rule)
     if tangents is None:
         return results
     inexact = [is_inexact(result) for result in results]
     pushed = zip(results, tangents, inexact, strict=True)
     return [transform.packed(result, tangent) if moves else result for result, tangent, moves in pushed]
-
-
-def _or_zeros(tangent: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(like) if tangent is None else tangent
 
 
 def _through_reverse(rule: Rule, values: Tensors, transform: Transform) -> list[torch.Tensor]:
@@ -239,6 +237,12 @@ def _check_below(results: Tensors, rule: Rule) -> None:
         raise _closed_over(rule)
 
 
+def check_enclosed(rule: Rule, values: Tensors, results: Tensors) -> None:
+    """Refuse results that are differentiated where no argument is: the function got hold of a parameter of a module, say."""
+    if any(map(lowered.is_differentiated, results)) and not any(map(lowered.is_differentiated, values)):
+        raise _closed_over(rule)
+
+
 def _closed_over(rule: Rule) -> UnsupportedOperationError:
     return UnsupportedOperationError(
         f"{rule.name} has rules of its own for transforms, and closes over a value that a transform around it maps or "
@@ -270,7 +274,7 @@ class _Recording:
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         primals = ctx.saved_tensors[: ctx.count]
-        moved = [_or_zeros(tangent, primal) for primal, tangent in zip(primals, tangents[1:], strict=True)]
+        moved = [or_zeros(tangent, primal) for primal, tangent in zip(primals, tangents[1:], strict=True)]
         pushed: tuple[torch.Tensor, ...] = tuple(ctx.rule.push(primals, moved)[1])
         return pushed
 
@@ -280,7 +284,11 @@ class _Recorded(_Recording, torch.autograd.Function):
 
     @staticmethod
     def forward(rule: Rule, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return _own(rule.forward(values), values)
+        with torch.enable_grad():  # so that what depends on anything but the arguments shows
+            inside = [value.detach() for value in values]
+            results = rule.forward(inside)
+            check_enclosed(rule, inside, results)
+        return _own(results, inside)
 
 
 class _RecordedAtLevel(_Recording, lowered.AtOneLevel):

@@ -6,9 +6,8 @@ from torchbatch.lax.collectives import (
     all_to_all,
     axis_index,
     axis_size,
-    pmax,
+    pbroadcast,
     pmean,
-    pmin,
     ppermute,
     pshuffle,
     psum,
@@ -16,6 +15,7 @@ from torchbatch.lax.collectives import (
     pswapaxes,
 )
 from torchbatch.lax.conditionals import cond, select, select_n, switch
+from torchbatch.lax.extremes import pargmax, pargmin, pmax, pmin
 from torchbatch.lax.loops import fori_loop, map, scan, while_loop
 from torchbatch.lax.sized import argwhere, flatnonzero, nonzero, unique, where
 
@@ -31,6 +31,9 @@ __all__ = [
     "fori_loop",
     "map",
     "nonzero",
+    "pargmax",
+    "pargmin",
+    "pbroadcast",
     "pmax",
     "pmean",
     "pmin",

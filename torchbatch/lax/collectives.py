@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from torchbatch._torch import traced
-from torchbatch._torch.escape import EscapedTensor
-from torchbatch.core import tree
-from torchbatch.core.arrays import as_tensor
 from torchbatch.core.describe import describe, shown
 from torchbatch.core.frames import AxisFrame
-from torchbatch.errors import AxisError, AxisSpecError, EscapedValueError, InputTypeError, UnsupportedOperationError
-from torchbatch.lax.named import device_of, everyone, frames_of, own, size_of, steps, total
+from torchbatch.errors import AxisError, AxisSpecError, UnsupportedOperationError
+from torchbatch.lax.named import (
+    Groups,
+    device_of,
+    everyone,
+    frames_of,
+    group_size,
+    no_groups,
+    over_leaves,
+    own,
+    size_of,
+    steps,
+    total,
+)
 
 _Tensor = torch.Tensor
-_Groups = Sequence[Sequence[int]] | None
-_is_compiling = torch.compiler.is_compiling
 
 
-def psum(x: Any, axis_name: Any, *, axis_index_groups: _Groups = None) -> Any:
+def psum(x: Any, axis_name: Any, *, axis_index_groups: Groups = None) -> Any:
     """The sum over all samples of a named axis.
 
     Shapes: ``[a] -> [a]``; the result is the same for all samples.
@@ -50,11 +56,11 @@ def psum(x: Any, axis_name: Any, *, axis_index_groups: _Groups = None) -> Any:
     Source: ``jax.lax.psum``. The gradient is JAX's too: the transpose of a sum over samples is a sum over samples.
     """
     frames = frames_of(axis_name, "psum")
-    size = _group_size(x, frames, axis_index_groups, "psum")
-    return _map(lambda value: total(value, frames), x, "psum", lambda number: number * size)
+    size = group_size(x, frames, axis_index_groups, "psum")
+    return over_leaves(lambda value: total(value, frames), x, "psum", lambda number: number * size)
 
 
-def pmean(x: Any, axis_name: Any, *, axis_index_groups: _Groups = None) -> Any:
+def pmean(x: Any, axis_name: Any, *, axis_index_groups: Groups = None) -> Any:
     """The mean over all samples of a named axis.
 
     Shapes: ``[a] -> [a]``; the result is the same for all samples.
@@ -79,66 +85,12 @@ def pmean(x: Any, axis_name: Any, *, axis_index_groups: _Groups = None) -> Any:
     Source: ``jax.lax.pmean``.
     """
     frames = frames_of(axis_name, "pmean")
-    size = _group_size(x, frames, axis_index_groups, "pmean")
-    return _map(lambda value: total(value, frames) / size, x, "pmean", lambda n: n * size / size if size else math.nan)
-
-
-def pmax(x: Any, axis_name: Any, *, axis_index_groups: _Groups = None) -> Any:
-    """The greatest value over all samples of a named axis, element by element.
-
-    Shapes: ``[a] -> [a]``; the result is the same for all samples.
-
-    Args:
-        x: a tensor, an array, a number or a tree of them.
-        axis_name: the name of the axis, or a tuple of names.
-        axis_index_groups: as in :func:`psum`.
-
-    Returns:
-        A tree like ``x``.
-
-    Raises:
-        AxisNameError, AxisError: as in :func:`psum`.
-
-    Example:
-        >>> import torch
-        >>> from torchbatch import lax, vmap
-        >>> vmap(lambda x: x == lax.pmax(x, "i"), axis_name="i")(torch.tensor([1.0, 5.0, 3.0]))
-        tensor([False,  True, False])
-
-    Source: ``jax.lax.pmax``. JAX has no derivative of it; here it is that of ``torch.amax``.
-    """
-    return _extreme(x, axis_name, axis_index_groups, "pmax", torch.amax)
-
-
-def pmin(x: Any, axis_name: Any, *, axis_index_groups: _Groups = None) -> Any:
-    """The least value over all samples of a named axis, element by element.
-
-    Shapes: ``[a] -> [a]``; the result is the same for all samples.
-
-    Args:
-        x: a tensor, an array, a number or a tree of them.
-        axis_name: the name of the axis, or a tuple of names.
-        axis_index_groups: as in :func:`psum`.
-
-    Returns:
-        A tree like ``x``.
-
-    Raises:
-        AxisNameError, AxisError: as in :func:`psum`.
-
-    Example:
-        >>> import torch
-        >>> from torchbatch import lax, vmap
-        >>> vmap(lambda x: x - lax.pmin(x, "i"), axis_name="i")(torch.tensor([1.0, 5.0, 3.0]))
-        tensor([0., 4., 2.])
-
-    Source: ``jax.lax.pmin``. JAX has no derivative of it; here it is that of ``torch.amin``.
-    """
-    return _extreme(x, axis_name, axis_index_groups, "pmin", torch.amin)
+    size = group_size(x, frames, axis_index_groups, "pmean")
+    return over_leaves(lambda value: total(value, frames) / size, x, "pmean", lambda n: n * size / size if size else math.nan)
 
 
 def all_gather(
-    x: Any, axis_name: Any, *, axis_index_groups: _Groups = None, axis: int = 0, tiled: bool = False, to: str = "varying"
+    x: Any, axis_name: Any, *, axis_index_groups: Groups = None, axis: int = 0, tiled: bool = False, to: str = "varying"
 ) -> Any:
     """The values of all samples of a named axis, as one tensor.
 
@@ -175,7 +127,7 @@ def all_gather(
     if to != "varying":
         raise UnsupportedOperationError(f"all_gather has to='varying' only, but to is {to!r}: other values concern devices.")
     frames = frames_of(axis_name, "all_gather")
-    _no_groups(axis_index_groups, "all_gather")
+    no_groups(axis_index_groups, "all_gather")
     if not frames:
         return x
 
@@ -185,11 +137,11 @@ def all_gather(
         copied: _Tensor = steps().copy(full.flatten(at, at + 1) if tiled else full)
         return copied
 
-    return _map(gather, x, "all_gather")
+    return over_leaves(gather, x, "all_gather")
 
 
 def all_to_all(
-    x: Any, axis_name: Any, split_axis: int, concat_axis: int, *, axis_index_groups: _Groups = None, tiled: bool = False
+    x: Any, axis_name: Any, split_axis: int, concat_axis: int, *, axis_index_groups: Groups = None, tiled: bool = False
 ) -> Any:
     """Exchange parts: sample ``i`` gets part number ``i`` of every sample.
 
@@ -226,7 +178,7 @@ def all_to_all(
     return _all_to_all(x, axis_name, (split_axis, concat_axis), axis_index_groups, tiled, "all_to_all")
 
 
-def pswapaxes(x: Any, axis_name: Any, axis: int, *, axis_index_groups: _Groups = None) -> Any:
+def pswapaxes(x: Any, axis_name: Any, axis: int, *, axis_index_groups: Groups = None) -> Any:
     """Exchange a named axis with an axis of ``x`` of the same size.
 
     Shapes: with ``n`` samples and ``axis=0``, ``[n, a] -> [n, a]``: the first axis counts the samples afterwards.
@@ -256,7 +208,7 @@ def pswapaxes(x: Any, axis_name: Any, axis: int, *, axis_index_groups: _Groups =
 
 
 def psum_scatter(
-    x: Any, axis_name: Any, *, scatter_dimension: int = 0, axis_index_groups: _Groups = None, tiled: bool = False
+    x: Any, axis_name: Any, *, scatter_dimension: int = 0, axis_index_groups: Groups = None, tiled: bool = False
 ) -> Any:
     """The sum over all samples of a named axis, of which sample ``i`` keeps part number ``i``.
 
@@ -286,7 +238,7 @@ def psum_scatter(
     Source: ``jax.lax.psum_scatter``.
     """
     frames = frames_of(axis_name, "psum_scatter")
-    _no_groups(axis_index_groups, "psum_scatter")
+    no_groups(axis_index_groups, "psum_scatter")
     if not frames:
         return x
 
@@ -294,7 +246,7 @@ def psum_scatter(
         at = _axis(scatter_dimension, "scatter_dimension", value, value.dim(), "psum_scatter")
         return own(_parts(total(value, frames), at, frames, tiled, "psum_scatter", "scatter_dimension"), frames)
 
-    return _map(scatter, x, "psum_scatter")
+    return over_leaves(scatter, x, "psum_scatter")
 
 
 def ppermute(x: Any, axis_name: Any, perm: Sequence[tuple[int, int]]) -> Any:
@@ -325,7 +277,7 @@ def ppermute(x: Any, axis_name: Any, perm: Sequence[tuple[int, int]]) -> Any:
     """
     frames = frames_of(axis_name, "ppermute")
     sources = _sources(perm, size_of(frames))
-    return _map(lambda value: _moved(value, sources, frames), x, "ppermute")
+    return over_leaves(lambda value: _moved(value, sources, frames), x, "ppermute")
 
 
 def pshuffle(x: Any, axis_name: Any, perm: Sequence[int]) -> Any:
@@ -358,7 +310,42 @@ def pshuffle(x: Any, axis_name: Any, perm: Sequence[int]) -> Any:
     sources = [operator.index(source) for source in perm]
     if sorted(sources) != list(range(size)):
         raise AxisError(f"pshuffle needs a perm that holds each number from 0 to {size - 1} once, but it is {list(perm)!r}.")
-    return _map(lambda value: _moved(value, sources, frames), x, "pshuffle")
+    return over_leaves(lambda value: _moved(value, sources, frames), x, "pshuffle")
+
+
+def pbroadcast(x: Any, axis_name: Any, source: int) -> Any:
+    """Give all samples the value of one of them.
+
+    Shapes: ``[a] -> [a]``; the result is the same for all samples.
+
+    Args:
+        x: a tensor, an array, a number or a tree of them.
+        axis_name: the name of the axis; of a tuple of names, the last one varies fastest.
+        source: the number of the sample, from 0.
+
+    Returns:
+        A tree like ``x``. Its tensors are copies, and can be written to.
+
+    Raises:
+        AxisNameError: no enclosing ``vmap`` has the name, or it has a ``chunk_size`` that cuts the axis up.
+        AxisError: there is no such sample, or a name is given twice.
+        AxisSpecError: ``source`` is not an int.
+
+    Example:
+        >>> import torch
+        >>> from torchbatch import lax, vmap
+        >>> vmap(lambda x: x - lax.pbroadcast(x, "i", 0), axis_name="i")(torch.tensor([1, 5, 3]))
+        tensor([0, 4, 2])
+
+    Source: ``jax.lax.pbroadcast``, as its documentation says; JAX 0.10 has an error there under ``vmap``.
+    """
+    frames = frames_of(axis_name, "pbroadcast")
+    size = size_of(frames)
+    if isinstance(source, bool) or not isinstance(source, int):
+        raise AxisSpecError(f"pbroadcast needs an int for source, but it is {shown(source)}.")
+    if not 0 <= source < size:
+        raise AxisError(f"pbroadcast got source={source}, but there are {size} samples: they run from 0 to {size - 1}.")
+    return over_leaves(lambda value: steps().pick(everyone(value, frames), [source]).squeeze(0), x, "pbroadcast")
 
 
 def axis_index(axis_name: Any) -> torch.Tensor:
@@ -418,29 +405,6 @@ def axis_size(axis_name: Any) -> int:
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-def _group_size(x: Any, frames: list[AxisFrame], groups: _Groups, who: str) -> int:
-    """How many samples a reduction is over."""
-    if groups is None:
-        return size_of(frames)
-    members = [member for group in groups for member in group]
-    if sorted(members) != list(range(size_of(frames))) or len({len(group) for group in groups}) > 1:
-        raise AxisError(
-            f"{who} needs axis_index_groups of one size that hold each number from 0 to {size_of(frames) - 1} once, but they are "
-            f"{groups!r}."
-        )
-    if not all(isinstance(leaf, bool | int | float | complex) for leaf in tree.flatten(x)[0]):
-        _no_groups(groups, who)
-    return len(groups[0]) if groups else 0
-
-
-def _no_groups(groups: _Groups, who: str) -> None:
-    if groups is not None:
-        raise UnsupportedOperationError(
-            f"{who} has no axis_index_groups under vmap, in JAX neither. Map over two axes, one for the groups and one for "
-            "their members, and name only the members' axis."
-        )
-
-
 def _axis(axis: Any, what: str, value: _Tensor, rank: int, who: str) -> int:
     if isinstance(axis, bool) or not isinstance(axis, int):
         raise AxisSpecError(f"{who} needs an int for {what}, but it is {shown(axis)}.")
@@ -475,53 +439,7 @@ def _number(end: Any, size: int, pair: tuple[int, int]) -> int:
     return number % size
 
 
-# --- trees -----------------------------------------------------------------------------------------------------------
-
-
-def _map(function: Callable[[_Tensor], _Tensor], x: Any, who: str, of_number: Callable[[Any], Any] | None = None) -> Any:
-    """``function`` over the tensors and arrays in ``x``, and ``of_number``, if given, over its Python numbers."""
-
-    def one(leaf: Any) -> Any:
-        if of_number is not None and isinstance(leaf, bool | int | float | complex):
-            return of_number(leaf)
-        if isinstance(leaf, EscapedTensor):
-            raise EscapedValueError(f"{who} got a per-sample value that escaped from a vmap that has finished.")
-        value = as_tensor(leaf)
-        if value is None:
-            raise InputTypeError(f"{who} takes tensors, arrays, numbers and trees of them, but it got {shown(leaf)}.")
-        return function(value)
-
-    if isinstance(x, _Tensor):
-        return one(x)
-    return traced.map_leaves(one, x) if _is_compiling() else tree.map_leaves(one, x)
-
-
 # --- what each does --------------------------------------------------------------------------------------------------
-
-
-def _extreme(x: Any, axis_name: Any, groups: _Groups, who: str, reduce: Callable[..., _Tensor]) -> Any:
-    frames = frames_of(axis_name, who)
-    _group_size(x, frames, groups, who)
-
-    def extreme(value: _Tensor) -> _Tensor:
-        for _, size, level, _ in frames:
-            full = steps().gather(value, level, size)
-            value = reduce(full, 0) if size else _extreme_of_none(full, who == "pmin")
-        return value
-
-    return _map(extreme, x, who, lambda number: number)
-
-
-def _extreme_of_none(full: _Tensor, greatest: bool) -> _Tensor:
-    """What the extreme of no values at all is."""
-    dtype = full.dtype
-    if dtype is torch.bool:
-        bound: Any = greatest
-    elif dtype.is_floating_point:
-        bound = math.inf if greatest else -math.inf
-    else:
-        bound = torch.iinfo(dtype).max if greatest else torch.iinfo(dtype).min
-    return torch.full(full.shape[1:], bound, dtype=dtype, device=full.device)
 
 
 def _parts(full: _Tensor, at: int, frames: list[AxisFrame], tiled: bool, who: str, what: str, offset: int = 0) -> _Tensor:
@@ -539,9 +457,9 @@ def _parts(full: _Tensor, at: int, frames: list[AxisFrame], tiled: bool, who: st
     )
 
 
-def _all_to_all(x: Any, axis_name: Any, axes: tuple[int, int], groups: _Groups, tiled: bool, who: str) -> Any:
+def _all_to_all(x: Any, axis_name: Any, axes: tuple[int, int], groups: Groups, tiled: bool, who: str) -> Any:
     frames = frames_of(axis_name, who)
-    _no_groups(groups, who)
+    no_groups(groups, who)
     split_name, concat_name = ("axis", "axis") if who == "pswapaxes" else ("split_axis", "concat_axis")
 
     def exchange(value: _Tensor) -> _Tensor:
@@ -552,7 +470,7 @@ def _all_to_all(x: Any, axis_name: Any, axes: tuple[int, int], groups: _Groups, 
         copied: _Tensor = steps().copy(mine.flatten(concat, concat + 1) if tiled else mine)
         return copied
 
-    return _map(exchange, x, who)
+    return over_leaves(exchange, x, who)
 
 
 def _moved(value: _Tensor, sources: list[int], frames: list[AxisFrame]) -> _Tensor:

@@ -1,17 +1,22 @@
-"""The samples of one or several named axes taken together, the last axis varying fastest."""
+"""What the collectives share: the samples of one or several named axes taken together, the last axis varying fastest."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from torchbatch._torch import across
+from torchbatch._torch import across, traced
+from torchbatch._torch.escape import EscapedTensor
+from torchbatch.core import tree
+from torchbatch.core.arrays import as_tensor
+from torchbatch.core.describe import shown
 from torchbatch.core.frames import AxisFrame, find
-from torchbatch.errors import AxisError, AxisSpecError
+from torchbatch.errors import AxisError, AxisSpecError, EscapedValueError, InputTypeError, UnsupportedOperationError
 
 _Tensor = torch.Tensor
+Groups = Sequence[Sequence[int]] | None
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -77,3 +82,44 @@ def own(full: _Tensor, frames: list[AxisFrame]) -> _Tensor:
     for _, size, level, _ in frames:
         full = steps().own(full, level, size)
     return full
+
+
+def group_size(x: Any, frames: list[AxisFrame], groups: Groups, who: str) -> int:
+    """How many samples a reduction is over."""
+    if groups is None:
+        return size_of(frames)
+    members = [member for group in groups for member in group]
+    if sorted(members) != list(range(size_of(frames))) or len({len(group) for group in groups}) > 1:
+        raise AxisError(
+            f"{who} needs axis_index_groups of one size that hold each number from 0 to {size_of(frames) - 1} once, but they are "
+            f"{groups!r}."
+        )
+    if not all(isinstance(leaf, bool | int | float | complex) for leaf in tree.flatten(x)[0]):
+        no_groups(groups, who)
+    return len(groups[0]) if groups else 0
+
+
+def no_groups(groups: Groups, who: str) -> None:
+    if groups is not None:
+        raise UnsupportedOperationError(
+            f"{who} has no axis_index_groups under vmap, in JAX neither. Map over two axes, one for the groups and one for "
+            "their members, and name only the members' axis."
+        )
+
+
+def over_leaves(function: Callable[[_Tensor], _Tensor], x: Any, who: str, of_number: Callable[[Any], Any] | None = None) -> Any:
+    """``function`` over the tensors and arrays in ``x``, and ``of_number``, if given, over its Python numbers."""
+
+    def one(leaf: Any) -> Any:
+        if of_number is not None and isinstance(leaf, bool | int | float | complex):
+            return of_number(leaf)
+        if isinstance(leaf, EscapedTensor):
+            raise EscapedValueError(f"{who} got a per-sample value that escaped from a vmap that has finished.")
+        value = as_tensor(leaf)
+        if value is None:
+            raise InputTypeError(f"{who} takes tensors, arrays, numbers and trees of them, but it got {shown(leaf)}.")
+        return function(value)
+
+    if isinstance(x, _Tensor):
+        return one(x)
+    return traced.map_leaves(one, x) if _is_compiling() else tree.map_leaves(one, x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from torchbatch.core import argnums as argnums_
 from torchbatch.core import custom, tree
 from torchbatch.core.argnums import argument_name
 from torchbatch.core.arrays import as_tensor_beside
-from torchbatch.core.custom import CustomFunction, Rule, Tensors
+from torchbatch.core.custom import CustomFunction, Rule, Tensors, check_enclosed
 from torchbatch.core.derivative import FLOAT0, as_tensor, conjugate, is_inexact
 from torchbatch.core.describe import describe, function_name, shown
 from torchbatch.core.parcel import Parcel, positional, positional_names
@@ -78,7 +79,7 @@ class _Arguments:
         return tensors
 
     def _converted(self, trees: list[Any], leaf: Any, number: int) -> torch.Tensor:
-        found = as_tensor_beside(leaf, tree.flatten(trees)[0])
+        found = _tensor_beside(leaf, tree.flatten(trees)[0])
         if found is None:
             name = self._names(trees)[number]
             raise InputTypeError(
@@ -130,7 +131,9 @@ class _Differentiable(Rule):
             )
 
     def run(self, values: Tensors) -> list[torch.Tensor]:
-        return self._taken(self.fun(*self.args.all(values)))
+        results = self._taken(self.fun(*self.args.all(values)))
+        check_enclosed(self, values, results)
+        return results
 
     def _taken(self, output: Any) -> list[torch.Tensor]:
         """The tensors of an output of the function, which gives its output its structure."""
@@ -143,6 +146,16 @@ class _Differentiable(Rule):
 
     def _zeros(self, values: Tensors) -> list[torch.Tensor]:
         return [torch.zeros_like(value) if is_inexact(value) else _float0(value) for value in values]
+
+
+def _tensor_beside(leaf: Any, others: Sequence[Any]) -> torch.Tensor | None:
+    """An array, or a Python number in the precision of the arrays beside it, which would else be promoted by it."""
+    found = as_tensor_beside(leaf, others)
+    kinds = [other.dtype for other in others if isinstance(other, torch.Tensor) and is_inexact(other)]
+    if found is None or type(leaf) is not float or not kinds:
+        return found
+    widest = functools.reduce(torch.promote_types, kinds)
+    return found.to(torch.empty((), dtype=widest).real.dtype if widest.is_complex else widest)
 
 
 def _float0(value: torch.Tensor) -> torch.Tensor:
@@ -329,7 +342,7 @@ class custom_vjp(_Custom):  # noqa: N801 (JAX's name)
     Raises:
         UnsupportedOperationError: there is no rule, or something is closed over that must not be.
         GradientTypeError: it is differentiated in forward mode, or the rule returned something of the wrong structure.
-        GradientValueError: a cotangent that the rule returned has another shape than its argument.
+        GradientValueError: a cotangent that the rule returned has another shape or dtype than its argument.
 
     Example:
         >>> import torch
@@ -427,9 +440,7 @@ class _Vjp(_Differentiable):
             found = self._with_second_order(found, values, of_kept, wanted)
         return [gradient if needed else None for gradient, needed in zip(found, wanted, strict=True)]
 
-    def _pulled(
-        self, values: Tensors, results: Tensors, cotangents: Sequence[torch.Tensor | None]
-    ) -> list[torch.Tensor | None]:
+    def _pulled(self, values: Tensors, results: Tensors, cotangents: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         rest = iter(results)
         residuals = self.kept.rebuild([values[place] if place >= 0 else next(rest) for place in self.origin])
         given = [_cotangent(ct, like) for ct, like in zip(cotangents, self.likes, strict=True)]
@@ -474,12 +485,12 @@ class _Vjp(_Differentiable):
             return None
         hint = "Give an array of the shape of the argument, or None for zeros."
         found = as_tensor(cotangent, lambda: f"custom_vjp: the cotangent of {self.args.names()[number]}", hint, value)
-        if found.shape != value.shape:
+        if found.shape != value.shape or found.dtype is not value.dtype:
             raise GradientValueError(
-                f"custom_vjp: bwd of {self.name} must return a cotangent of the shape of argument {self.args.names()[number]}, "
-                f"{describe(value)}, but it is {describe(found)}."
+                f"custom_vjp: bwd of {self.name} must return a cotangent of the shape and dtype of argument "
+                f"{self.args.names()[number]}, {describe(value)}, but it is {describe(found)}."
             )
-        return conjugate(found).to(value.dtype) if value.is_complex() or not found.is_complex() else found.real.to(value.dtype)
+        return conjugate(found)
 
     def _with_second_order(
         self,

@@ -124,6 +124,7 @@ def sequential_vmap(fun: Callable[..., Any]) -> custom_vmap:
         flags = [flag for flag, leaf in zip(tree.flatten(in_batched)[0], parcel.leaves, strict=True) if parcel.is_tensor(leaf)]
         samples = [made(*_sample(parcel, flags, i)) for i in range(axis_size)] or [made(*_sample(parcel, flags, None))]
         parcels = [Parcel(sample, number_as_tensor) for sample in samples]
+        _check_alike(parcels, function_name(fun))
         stacked = [torch.stack(values) for values in zip(*(each.tensors for each in parcels), strict=True)]
         return parcels[0].rebuild(value[:axis_size] for value in stacked), parcels[0].flags([True] * len(stacked))
 
@@ -141,6 +142,28 @@ def _sample(parcel: Parcel, flags: Sequence[bool], index: int | None) -> tuple[A
 
 def _part(value: torch.Tensor, index: int | None) -> torch.Tensor:
     return value.new_zeros(value.shape[1:]) if index is None else value[index]
+
+
+def _check_alike(parcels: Sequence[Parcel], name: str) -> None:
+    """Refuse outputs of one sample that cannot be stacked on those of the others."""
+    kinds = [[(value.shape, value.dtype) for value in parcel.tensors] for parcel in parcels]
+    for i, (parcel, kind) in enumerate(zip(parcels, kinds, strict=True)):
+        if parcel.structure != parcels[0].structure or kind != kinds[0]:
+            raise OutputTypeError(
+                f"sequential_vmap: {name} must return the same tree of the same shapes and dtypes for every sample, but it "
+                f"returned {_shape_of(parcels[0])} for sample 0 and {_shape_of(parcel)} for sample {i}."
+            )
+
+
+def _shape_of(parcel: Parcel) -> Any:
+    return parcel.rebuild(_Text(describe(value)) for value in parcel.tensors)
+
+
+class _Text(str):
+    """Shows itself without quotes."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
 
 
 class _Mappable(Rule):
@@ -195,8 +218,7 @@ class _Custom(_Mappable):
         result = self.rule(level.size, list(self.args.flags(mapped)), *self.args.rebuild(values))
         if not isinstance(result, tuple | list) or len(result) != 2:
             raise OutputTypeError(
-                f"custom_vmap: the rule of {self.name} must return a pair (output, out_batched), but it returned "
-                f"{shown(result)}."
+                f"custom_vmap: the rule of {self.name} must return a pair (output, out_batched), but it returned {shown(result)}."
             )
         flags, structure = tree.flatten(result[1])
         outputs = self._taken(result[0], f"the rule of {self.name}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torchbatch._torch import donate, guards
+from torchbatch._torch import donate, draw_state, guards
 from torchbatch.core import compile_log, tree
 from torchbatch.core.argnums import flatten
 from torchbatch.core.axes import InAxes, open_arguments
@@ -63,7 +63,8 @@ def jit(
         attributes of the module too: ``parameters()``, ``eval()``, ``state_dict()``.
 
     A *kind of call* is: the structure of the arguments; the shapes, dtypes, devices, strides and ``requires_grad`` of their
-    tensors; the static values; grad mode, autocast, the default dtype and device. Python numbers are traced as tensors without
+    tensors; the static values; grad mode, autocast, the default dtype and device, and what
+    :func:`~torchbatch.random.threefry_partitionable` says. Python numbers are traced as tensors without
     dimensions, which give way to other dtypes as numbers do. A tensor that the function closes over is read anew at each call,
     so an update in place is seen, and gradients flow to it. A captured Python value is a constant of the trace, as in JAX:
 
@@ -141,7 +142,7 @@ class Jitted(Wrapper):
             if ticket.is_plain and ticket.structure == structure and ticket.check(*leaves):
                 self._first = ticket if ticket.is_bare else self._first
                 return ticket.finish(ticket.run([*leaves, *ticket.captured]))
-        if guards.inside_other():
+        if guards.inside_other() or draw_state.uses() is not None:  # a check of keys has to see what is drawn
             return self.__wrapped__(*args, **kwargs)
         return self._bound(bind(self.__wrapped__, self._static, args, kwargs, (leaves, structure)))
 
