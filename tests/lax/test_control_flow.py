@@ -499,3 +499,99 @@ def test_a_long_loop_keeps_nothing():
     alive.clear()
     lax.while_loop(lambda c: c < 2000, lambda c: step(c, c)[0], torch.tensor(0.0))
     assert alive[1] - alive[0] < 10
+
+
+@pytest.mark.parametrize("name", ["scan", "fori_loop", "map", "while_loop"])
+def test_one_step_tells_all_shapes(name):
+    ran = []
+
+    def noted(c, x):
+        ran.append(1)
+        return c + x, (c > x, x)
+
+    calls = {
+        "scan": lambda x: lax.scan(noted, 0, x),
+        "fori_loop": lambda x: lax.fori_loop(0, 50, lambda i, c: noted(c, i)[0] + x.sum(), 0),
+        "map": lambda x: lax.map(lambda z: noted(z, x.sum())[1], x),
+        "while_loop": lambda x: lax.while_loop(lambda c: c < 9, lambda c: noted(c, x.sum())[0], 0),
+    }
+    x = torch.arange(50.0)
+    shapes = torchbatch.eval_shape(calls[name], x)
+    assert len(ran) <= 2  # the second time with a number's new dtype
+    expected = torchbatch.tree.map(lambda leaf: torchbatch.ShapeDtypeStruct(leaf.shape, leaf.dtype), calls[name](x))
+    assert shapes == expected
+    mapped = torchbatch.eval_shape(vmap(calls[name]), torch.ones(7, 50))
+    assert mapped == torchbatch.tree.map(lambda leaf: torchbatch.ShapeDtypeStruct((7, *leaf.shape), leaf.dtype), shapes)
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_no_samples(backend):
+    empty = torch.zeros(0)
+    for fun in (
+        lambda x: lax.while_loop(lambda c: c < 3, lambda c: c + x, 0.0),
+        lambda x: lax.scan(lambda c, z: (c + x, c), x, None, length=3)[0],
+        lambda x: lax.fori_loop(0, x.int(), lambda i, c: c + 1, x),
+        lambda x: lax.cond(x > 0, torch.sin, torch.cos, x),
+    ):
+        found = vmap(fun) if backend is None else torchbatch.jit(vmap(fun), backend=backend)
+        assert found(empty).shape == (0,)
+    assert torch.func.vmap(EACH["while_loop"])(torch.zeros(0, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("bounds", [(np.int64(0), np.int32(3)), (np.array(0), 3), (torch.tensor(0), torch.tensor(3))])
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_bounds_of_other_kinds(bounds, backend):
+    fun = lambda x: lax.fori_loop(*bounds, lambda i, c: c * x + i, x)  # noqa: E731
+    found = fun if backend is None else torchbatch.jit(fun, backend=backend)
+    assert found(torch.tensor(2.0)) == 20  # ((2·2 + 0)·2 + 1)·2 + 2
+    if backend is None or not isinstance(bounds[0], torch.Tensor):  # where jit traces, the value of a tensor is not known
+        slope = torchbatch.grad(fun) if backend is None else torchbatch.jit(torchbatch.grad(fun), backend=backend)
+        assert slope(torch.tensor(2.0)) == 33  # 4x³ + 1
+
+
+@pytest.mark.parametrize("name", ["fori_loop", "scan", "switch", "cond"])
+def test_sizes_that_are_open(name):
+    fun = {
+        "fori_loop": lambda x: lax.fori_loop(0, lax.axis_size("i"), lambda i, c: c * x + i, x),
+        "scan": lambda x: lax.scan(lambda c, _: (c * x, c), x, None, length=lax.axis_size("i"))[1].sum(),
+        "switch": lambda x: lax.switch(lax.axis_size("i") - 3, [torch.sin, torch.cos], x),
+        "cond": lambda x: lax.cond(lax.axis_size("i") > 3, torch.sin, torch.cos, x),
+    }[name]
+    call = vmap(torchbatch.value_and_grad(fun), axis_name="i")
+    found = torchbatch.jit(call, backend="eager", dynamic=True)
+    for size in (3, 5, 3):
+        x = torch.rand(size)
+        torch.testing.assert_close(found(x), call(x))
+
+
+def test_map_without_batches():
+    assert lax.map(torch.neg, torch.arange(3), batch_size=0).tolist() == [0, -1, -2]  # as in JAX
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_numbers_keep_their_digits(backend):
+    z = torch.zeros(2, dtype=torch.float64)
+    for fun in (
+        lambda z, n: lax.scan(lambda c, x: (c + x, None), n, z)[0],
+        lambda z, n: lax.scan(lambda c, x: (n, None), z[0], z)[0],
+        lambda z, n: vmap(lambda z: lax.cond(z < 1, lambda: n, lambda: z))(z)[0],
+        lambda z, n: lax.while_loop(lambda c: c < 0.05, lambda c: c + z[0], n),
+        lambda z, n: lax.cond(z[0] < 1, lambda: n + z[0], lambda: z[0]),
+    ):
+        for call in (fun, lambda z, _, fun=fun: fun(z, 0.1)):
+            assert (call if backend is None else torchbatch.jit(call, backend=backend))(z, 0.1).item() == 0.1
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_a_number_of_a_branch_gives_way(backend):
+    half = torch.tensor(3.0, dtype=torch.bfloat16)
+    for fun in (
+        lambda x, n: vmap(lambda x: lax.cond(x > 0, lambda: n * 2, lambda: half))(x),
+        lambda x, n: vmap(lambda x: lax.switch((x > 0).int(), [lambda: half, lambda: n * 2, lambda: 1.0]))(x),
+        lambda x, n: vmap(lambda x: lax.cond(x > 0, lambda n: n, lambda n: half, n * 2))(x),
+    ):
+        found = (fun if backend is None else torchbatch.jit(fun, backend=backend))(torch.tensor([1.0, -1.0]), 2.0)
+        assert found.dtype is torch.bfloat16 and found.tolist()[0] == 4
+    if backend:
+        found = torchbatch.jit(lambda x, n: lax.cond(x > 0, lambda: n, lambda: half), backend=backend)(torch.tensor(1.0), 2.0)
+        assert found.dtype is torch.bfloat16 and found == 2

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torchbatch
 from torchbatch import errors, lax, vmap
@@ -157,15 +158,50 @@ def changing(x):
     return lax.scan(lambda c, z: (c, next(ys)), 0, x)
 
 
+def late(c, x):
+    return c + 1, {"a": x > 0 if c == 300 else x}
+
+
+def one():
+    return 1
+
+
+def half():
+    return 0.5
+
+
+KINDS = iter([torch.ones(2), torch.ones(())])
+
 # What only PyTorch can do, or JAX leaves undefined.
 OWN = {
     "no function": (lambda x: lax.cond(True, 1, 2), errors.AxisSpecError, "true_fun must be a function"),
     "operands twice": (lambda x: lax.cond(True, torch.sin, torch.cos, x, operand=x), errors.AxisSpecError, "not both"),
     "body is no function": (lambda x: lax.scan(None, 0, x), errors.AxisSpecError, "f must be a function"),
     "unroll": (lambda x: lax.scan(summing, 0, x, unroll=2.5), errors.AxisSpecError, "unroll must be an int"),
-    "batch_size": (lambda x: lax.map(torch.sin, x, batch_size=0), errors.AxisError, "at least 1"),
+    "batch_size": (lambda x: lax.map(torch.sin, x, batch_size=-1), errors.AxisError, "map: batch_size must be at least 0"),
     "axis": (lambda x: lax.associative_scan(torch.add, x, axis=1), errors.AxisError, "axis 1 is out of bounds.*float32[5]"),
     "y that changes": (changing, errors.OutputTypeError, "same structure at every step"),
+    "type of y that changes late": (
+        lambda x: lax.scan(late, 0, torch.zeros(600)),
+        errors.OutputTypeError,
+        "scan: late must return the same types at every step, but y['a'] is float32[] at one step and bool[] at another",
+    ),
+    "result of map that changes": (
+        lambda x: lax.map(lambda z: next(KINDS), x),
+        errors.OutputTypeError,
+        "map: <lambda> must return the same types at every step, but output is float32[2] at one step and float32[] at another",
+    ),
+    "result of map": (lambda x: lax.map(lambda z: "y", x), errors.OutputTypeError, "map: output that <lambda> returns is 'y'"),
+    "no steps, and values needed": (
+        lambda x: lax.scan(lambda c, z: (c, z.item()), 0.0, x[:0]),
+        errors.DataDependentError,
+        "scan: there are no steps, so that scan looks at shapes and dtypes alone. Here the function needs the value .*(item)",
+    ),
+    "numbers of two kinds": (
+        lambda x: vmap(lambda x: lax.cond(x > 0, one, half))(x),
+        errors.OutputTypeError,
+        "half returns float32[] and one returns 1 of type int",
+    ),
     "case is no array": (lambda x: lax.select(x > 0, "a", "b"), errors.InputTypeError, "on_false is 'b'"),
 }
 
@@ -224,3 +260,23 @@ def test_a_carry_that_is_written_and_handed_on_in_another_place():
 
     with pytest.raises(errors.InPlaceError, match="step writes in place into its carry"):
         lax.scan(step, (torch.zeros(2), torch.zeros(2)), torch.ones(4, 2))
+
+
+def test_the_device_belongs_to_the_type_of_a_carry():
+    step = lambda c, x: ({"a": torch.empty(3, device="cuda")}, None)  # noqa: E731
+    with FakeTensorMode(), pytest.raises(errors.OutputTypeError) as caught:  # no such device is needed
+        lax.scan(step, {"a": torch.zeros(3)}, torch.ones(2))
+    for text in ("differ at carry['a']: it goes in as float32[3] on cpu and comes out as float32[3] on cuda", "move (.to)"):
+        assert text in str(caught.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_number_in_the_carry_goes_where_the_step_takes_it():
+    x = torch.ones(2, device="cuda")
+    last, _ = lax.scan(lambda c, x: (c + x, None), 0.0, x)
+    kept, _ = lax.scan(lambda c, x: (1.0, None), x[0], x)
+    assert last.device.type == kept.device.type == "cuda" and last.dtype is torch.float32 and last == 2
+    with pytest.raises(errors.OutputTypeError, match=r"on cuda:0 and comes out as float32\[2\] on cpu"):
+        lax.scan(lambda c, x: (c.cpu(), None), x, x)
+    with pytest.raises(errors.OutputTypeError, match=r"on cuda:0 and comes out as float32\[2\] on cpu"):
+        torchbatch.jit(lambda x: lax.while_loop(lambda c: c[0] < 9, lambda c: c.cpu() + 1, x), backend="eager")(x)

@@ -251,26 +251,212 @@ def test_a_condition_that_comes_to_vary_shows_others_what_a_sample_keeps(backend
 
 
 class Twice(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(w, x):
+        return 2 * w * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, tangent):
+        w, x = ctx.saved_tensors
+        return 2 * tangent * x, 2 * tangent * w
+
+
+class TwiceInOne(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w, x):
+        ctx.save_for_backward(w, x)
         return 2 * w * x
 
     @staticmethod
     def backward(ctx, tangent):
-        return 2 * tangent, 2 * tangent
+        return Twice.backward(ctx, tangent)
 
 
-class Cell(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.w = torch.nn.Parameter(torch.ones(()))
-
-    def forward(self, c, x):
-        return Twice.apply(self.w, c) + x
+@torchbatch.custom_vjp
+def twice(w, x):
+    return 2 * w * x
 
 
-@pytest.mark.xfail(strict=True, reason="a tensor that an autograd.Function gets from an object is not found")
-def test_a_gradient_of_a_tensor_in_an_object():
-    cell, xs = Cell(), torch.ones(3)
-    jit(lambda xs: lax.scan(lambda c, x: (cell(c, x), None), torch.ones(()), xs)[0], backend="eager")(xs).backward()
-    assert cell.w.grad is not None
+twice.defvjp(lambda w, x: (twice(w, x), (w, x)), lambda kept, tangent: (2 * tangent * kept[1], 2 * tangent * kept[0]))
+
+
+@torchbatch.custom_jvp
+def doubled(w, x):
+    return 2 * w * x
+
+
+doubled.defjvp(lambda primals, tangents: (doubled(*primals), 2 * (primals[0] * tangents[1] + primals[1] * tangents[0])))
+
+
+@torchbatch.custom_vmap
+def mapped(w, x):
+    return 2 * w * x
+
+
+mapped.def_vmap(lambda size, batched, w, x: (2 * w * x, True))
+
+
+class Cell:
+    """A step that hands a tensor of its own to a function with rules of its own."""
+
+    def __init__(self, w, fun):
+        self.w, self.fun = w, fun
+
+    def __call__(self, c, x):
+        return self.fun(self.w, c) + x
+
+
+RULES = {"autograd.Function": Twice.apply, "custom_vjp": twice, "custom_jvp": doubled, "custom_vmap": mapped}
+AROUND = {
+    "scan": lambda cell, xs: lax.scan(lambda c, x: (cell(c, x), None), torch.ones(()), xs)[0],
+    "checkpointed": lambda cell, xs: lax.scan(torchbatch.checkpoint(lambda c, x: (cell(c, x), None)), torch.ones(()), xs)[0],
+    "cond": lambda cell, xs: lax.cond(xs[0] > 0, lambda: cell(xs[1], xs[2]), lambda: xs[0]),
+    "mapped cond": lambda cell, xs: vmap(lambda x: lax.cond(x > 1.5, lambda: cell(x, x), lambda: x))(xs).sum(),
+    "scan in a mapped cond": lambda cell, xs: vmap(
+        lambda x: lax.cond(x > 1.5, lambda: lax.scan(lambda c, _: (cell(c, x), None), x, None, length=3)[0], lambda: x)
+    )(xs).sum(),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_a_gradient_of_a_tensor_in_an_object(around, rule, backend):
+    xs, w = torch.tensor([1.0, 2.0, 3.0]), torch.tensor(0.5, requires_grad=True)
+
+    def by(fun):
+        return lambda w, xs: AROUND[around](Cell(w, fun), xs)
+
+    ways = {
+        "autograd": lambda f: lambda w, xs: torch.autograd.grad(f(xs), w)[0],
+        "grad": lambda f: lambda w, xs: grad(f)(w, xs),
+        "vmap grad": lambda f: lambda w, xs: vmap(grad(f), in_axes=(None, 0))(w, torch.stack([xs, xs / 2])),
+    }
+    if not backend and around == "checkpointed" and rule == "autograd.Function":
+        del ways["autograd"]  # see the next test
+    plain = lambda w, x: 2 * w * x  # noqa: E731
+    for name, way in ways.items():
+        if name == "autograd":
+            expected = way(lambda xs: by(plain)(w, xs))(w, xs)
+            fun = lambda xs: by(RULES[rule])(w, xs)  # noqa: E731
+            found = way(traced(fun) if backend else fun)(w, xs)
+        else:
+            expected = way(by(plain))(w.detach(), xs)
+            fun = way(by(RULES[rule]))
+            found = (traced(fun) if backend else fun)(w.detach(), xs)
+        torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_checkpoint_refuses_what_only_autograd_sees():
+    cell = Cell(torch.ones((), requires_grad=True), Twice.apply)
+    with pytest.raises(UnsupportedOperationError, match="straight to a transform"):
+        AROUND["checkpointed"](cell, torch.ones(3)).backward()
+
+
+def test_a_function_of_autograd_in_one_piece_is_refused():
+    cell = Cell(torch.ones((), requires_grad=True), TwiceInOne.apply)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        traced(lambda xs: AROUND["scan"](cell, xs))(torch.ones(3))
+
+
+def test_what_a_rule_of_its_own_reads_beside_its_arguments_is_refused():
+    hidden = Cell(torch.ones((), requires_grad=True), None)
+    reading = torchbatch.custom_vjp(lambda x: x * hidden.w)
+    reading.defvjp(lambda x: (x * hidden.w, hidden.w), lambda w, tangent: (tangent * w,))
+
+    def fun(x, around):
+        step = lambda c, z: (reading(c * z), None)  # noqa: E731
+        return lax.scan(torchbatch.checkpoint(step) if around else step, x, torch.ones(3))[0]
+
+    for run in (traced(lambda x: fun(x, False)), lambda x: fun(x, True)):
+        with pytest.raises(UnsupportedOperationError, match="closes over a value"):
+            run(torch.ones((), requires_grad=True)).backward()
+
+
+COMPILED = {
+    "scan": lambda x: lax.scan(running, 0.0, x)[1] + 1,
+    "while_loop, mapped": lambda x: vmap(lambda x: lax.while_loop(lambda c: c < 3, lambda c: c + 1, x) * 2)(x),
+    "fori_loop, mapped, bounds of each sample": vmap(lambda x: lax.fori_loop(0, (x > 0).int() * 2, lambda i, c: c * x + i, x)),
+    "map": lambda x: lax.map(torch.sin, x, batch_size=2),
+    "cond": vmap(lambda x: lax.cond(x > 0, torch.sin, torch.cos, x)),
+    "switch": vmap(grad(lambda x: lax.switch((x > 0).int(), [torch.sin, torch.cos], x))),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_torch_compile_leaves_loops_to_python(name):
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(COMPILED[name], backend="eager")(X), COMPILED[name](X))
+
+
+def test_torch_compile_must_not_end_its_graph_at_a_loop():
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="scan"):
+        torch.compile(COMPILED["scan"], backend="eager", fullgraph=True)(X)
+
+
+@pytest.mark.xfail(strict=True, reason="PyTorch: a graph that ends inside a gradient cannot be taken up again")
+def test_torch_compile_of_a_gradient_of_a_loop():
+    torch._dynamo.reset()
+    torch.compile(grad(lambda x: lax.scan(running, x[0], x)[0] * 2), backend="eager")(X)
+
+
+def powers(x):
+    """What depends on ``x``, and what does not."""
+    step = lambda s: (s[0] + 1, s[1] * x, s[2] * 2)  # noqa: E731
+    return lax.while_loop(lambda s: s[0] < 5, step, (torch.tensor(0), torch.tensor(1.0), torch.tensor(3.0)))[1:]
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_while_loop_over_what_requires_a_gradient_runs_and_refuses_only_its_own(backend):
+    w = torch.tensor(2.0, requires_grad=True)
+    found = jit(lambda x: (*powers(x), x * x), backend=backend)
+    power, doubled, square = found(w)
+    assert power == 32 and doubled == 96 and power.requires_grad and not doubled.requires_grad
+    assert torch.autograd.grad(square, w) == (4.0,)
+    power, _, square = found(w)
+    with pytest.raises(UnsupportedOperationError, match="while_loop has no gradient in reverse mode"):
+        (power + square).backward()
+    with torch.no_grad():
+        assert found(w)[0] == 32
+    closing = jit(lambda: powers(w)[0], backend="eager")
+    with pytest.raises(UnsupportedOperationError, match="no gradient in reverse mode"):
+        closing().backward()
+
+
+@pytest.mark.parametrize("traced_first", [False, True])
+def test_a_part_of_a_while_loop_that_is_constant_has_a_gradient(traced_first):
+    x = torch.tensor([2.0, 3.0])
+    for fun in (
+        vmap(grad(lambda x: powers(x)[1] * x)),
+        grad(lambda x: vmap(lambda x: powers(x)[1] * x)(x).sum()),
+        lambda x: torchbatch.jvp(vmap(powers), (x,), (torch.ones(2),))[1][1] + 96,
+    ):
+        assert (traced(fun) if traced_first else fun)(x).tolist() == [96, 96]
+    moved = vmap(torchbatch.jacfwd(lambda x: powers(x)[0]))
+    assert (traced(moved) if traced_first else moved)(x).tolist() == [80, 405]
+
+
+def slope(z):
+    z = z.detach().requires_grad_()
+    return torch.autograd.grad(torch.sin(z * z), z)[0]
+
+
+GRADIENTS_INSIDE = {
+    "scan": lambda x: lax.scan(lambda c, z: (c * x[0] + slope(z), slope(c)), x[0], x)[0],
+    "while_loop": lambda x: lax.while_loop(lambda c: c < 2, lambda c: c + 1 + slope(c) ** 2, x[0]),
+    "cond": lambda x: lax.cond(slope(x[0]) < 9, lambda: slope(x[1]) * x[2], lambda: x[0]),
+    "without": lambda x: torch.no_grad()(lax.scan)(lambda c, z: (c + (c * z).requires_grad, None), x[0], x)[0],
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS_INSIDE)
+def test_gradients_of_autograd_inside_a_body(name):
+    fun = GRADIENTS_INSIDE[name]
+    torch.testing.assert_close(traced(fun)(X), fun(X))

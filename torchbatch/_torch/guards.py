@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 from torch.utils._device import DeviceContext
 
-from torchbatch._torch import graphs, levels
+from torchbatch._torch import draw_state, graphs, levels
 
 __all__ = ["calls_like", "hidden_from_compile", "inside_other", "state", "state_like_now", "tensors_like", "without_gradients"]
 
@@ -55,8 +55,12 @@ def tensors_like(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
 
 def state_like_now() -> Callable[[], bool]:
     """A function that tells whether the state of PyTorch is what it is now."""
-    same: Callable[[], bool] = _guards.GlobalStateGuard().check
-    count = _function_modes()
+    alike: Callable[[], bool] = _guards.GlobalStateGuard().check
+    count, was = _function_modes(), draw_state.partitionable()
+
+    def same() -> bool:
+        return alike() and draw_state.partitionable() is was
+
     if count == 0:
         return lambda: same() and not _function_modes() and forward_ad._current_level < 0
     device = _default_device()  # it is set as a mode
@@ -72,13 +76,24 @@ def calls_like(values: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -
     """
     like, same = tensors_like([*values, *others]), state_like_now()
     if _function_modes():
-        return lambda *found: like(*found, *others) and same()
+        return lambda *found: like(*found, *others) and same() and draw_state.uses() is None
     alike: Callable[[], bool] = _guards.GlobalStateGuard().check
+    was, unusual = draw_state.partitionable(), draw_state.contexts  # a thread's own state takes longer to read than a list
     if others:
         return lambda *found: (
-            like(*found, *others) and alike() and not _function_modes() and forward_ad._current_level < 0
+            like(*found, *others)
+            and alike()
+            and not _function_modes()
+            and forward_ad._current_level < 0
+            and (draw_state.is_as(was) if unusual else was)
         )
-    return lambda *found: like(*found) and alike() and not _function_modes() and forward_ad._current_level < 0
+    return lambda *found: (
+        like(*found)
+        and alike()
+        and not _function_modes()
+        and forward_ad._current_level < 0
+        and (draw_state.is_as(was) if unusual else was)
+    )
 
 
 def _default_device() -> tuple[torch.device, int] | None:
@@ -117,6 +132,7 @@ def state() -> dict[str, Any]:
         "default device": str(torch.get_default_device()),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "float32 matmul precision": torch.get_float32_matmul_precision(),
+        "threefry_partitionable": draw_state.partitionable(),
     }
 
 

@@ -30,6 +30,7 @@ _BLOCK = 256
 _library = torch.library.Library("torchbatch", "FRAGMENT")
 _library.define("run(Tensor[] values, int program) -> Tensor[]")
 _library.define("run_drawing(Tensor[] values, int program) -> Tensor[]", tags=(torch.Tag.nondeterministic_seeded,))
+_library.define("refused(Tensor gradient, Tensor like) -> Tensor")
 OPERATORS = (torch.ops.torchbatch.run.default, torch.ops.torchbatch.run_drawing.default)
 
 _programs: weakref.WeakValueDictionary[int, Program] = weakref.WeakValueDictionary()
@@ -111,7 +112,7 @@ class Scan(Program):
         (step,), carried = self._runs, self.carried
         values = values[: len(self.bodies[0].examples)]
         carry, whole, rest = values[:carried], values[carried : carried + self.sliced], values[carried + self.sliced :]
-        stacks = _Stacks(len(self.results) - carried, self.reverse)
+        stacks = Stacks(len(self.results) - carried, self.reverse)
         order = range(self.length)[::-1] if self.reverse else range(self.length)
         for start in range(0, self.length, _BLOCK):
             numbers = order[start : start + _BLOCK]
@@ -125,7 +126,7 @@ class Scan(Program):
         return [*carry, *stacks.finish()]
 
 
-class _Stacks:
+class Stacks:
     """Stacks tensors that come one after the other, block by block."""
 
     def __init__(self, count: int, reverse: bool) -> None:
@@ -134,15 +135,18 @@ class _Stacks:
         self._reverse = reverse
 
     def add(self, values: Sequence[torch.Tensor]) -> None:
+        """Note the tensors of one step."""
         for column, value in zip(self._columns, values, strict=True):
             column.append(value)
 
     def stack(self) -> None:
+        """End a block."""
         for column, blocks in zip(self._columns, self._blocks, strict=True):
             blocks.append(torch.stack(column[::-1] if self._reverse else column))
             column.clear()
 
     def finish(self) -> Tensors:
+        """All blocks, one after the other."""
         ordered = [blocks[::-1] if self._reverse else blocks for blocks in self._blocks]
         return [blocks[0] if len(blocks) == 1 else torch.cat(blocks) for blocks in ordered]
 
@@ -160,6 +164,32 @@ class While(Program):
         while bool(carry[-1].any() if carry[-1].dim() else carry[-1]):
             carry = [value.contiguous() for value in step([*carry, *rest])]
         return carry
+
+    def moved_by(self, moving: Sequence[bool]) -> list[bool]:
+        """Which of the carried tensors depend, in some step, on values that ``moving`` says of, which must be differentiable."""
+        carry, rest = list(moving[: self.carried]), list(moving[self.carried :])
+        while True:
+            new = [was or now for was, now in zip(carry, _reached(self.bodies[0].graph, [*carry, *rest]), strict=True)]
+            if new == carry:
+                return carry
+            carry = new
+
+
+def _reached(graph: GraphModule, moving: Sequence[bool]) -> list[bool]:
+    """Which outputs of a graph depend on some of its inputs by way of floating-point or complex numbers."""
+    inputs = graph.graph.find_nodes(op="placeholder")
+    found = {node for node, moves in zip(inputs, moving, strict=True) if moves}
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and found.intersection(node.all_input_nodes) and _is_inexact(node.meta.get("val")):
+            found.add(node)
+    outputs: Any = graph.graph.output_node().args[0]
+    return [node in found for node in outputs]
+
+
+def _is_inexact(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() or value.is_complex()
+    return value is None or (isinstance(value, tuple | list) and any(map(_is_inexact, value)))
 
 
 class Choice(Program):
@@ -244,6 +274,28 @@ def _fake(values: Tensors, program: int) -> Tensors:
     return _programs[program].fake(values)
 
 
+NO_GRADIENT = (
+    "while_loop has no gradient in reverse mode (grad, vjp, jacrev, backward()), nor has a fori_loop whose bounds differ "
+    "from sample to sample: how many steps there are is not known beforehand. Use scan, or a fori_loop with fixed "
+    "bounds; forward mode (jvp, jacfwd); or stop_gradient."
+)
+
+
+def refused(gradient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What a loop makes of a gradient that it cannot pull back, as a step of a graph: an error when it runs."""
+    result: torch.Tensor = torch.ops.torchbatch.refused.default(gradient, like)
+    return result
+
+
+def _refused(gradient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A compiled function pulls all its outputs back at once; for those that nobody differentiates the gradient is zero."""
+    if bool(gradient.any()):
+        raise UnsupportedOperationError(NO_GRADIENT)
+    return torch.zeros_like(like)
+
+
+_library.impl("refused", _refused, "CompositeExplicitAutograd")
+torch.library.register_fake("torchbatch::refused", lambda gradient, like: torch.empty_like(like), lib=_library)
 for _name in ("run", "run_drawing"):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"torchbatch::{_name}", _fake, lib=_library)

@@ -144,6 +144,8 @@ class Stack:
                 primal, tangent = _dual._unpack_dual(value, level=0)
             result[path] = _functorch._unwrap_for_grad(primal, level)
             if tangent is not None:
+                with self._from(index):
+                    tangent = levels.of_dtype(tangent, primal)
                 result[(*path, level)] = _functorch._unwrap_for_grad(tangent, level)
             elif (level, path) in need:
                 with self._from(index + 1):
@@ -299,4 +301,5 @@ def called(program: Program, values: Sequence[torch.Tensor]) -> list[torch.Tenso
     captured = _capturing()
     if captured is not None:
         captured.programs.append(program)
-    return program.call(list(values))
+    with torch.no_grad():
+        return program.call(list(values))

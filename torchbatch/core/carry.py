@@ -1,4 +1,4 @@
-"""What a loop carries from step to step: its structure, shapes and dtypes stay as they are."""
+"""What a loop carries from step to step: its structure, shapes, dtypes and devices stay as they are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torchbatch._torch import levels
+from torchbatch._torch import draw_state, levels
 from torchbatch.core import tree, weak
 from torchbatch.core.arrays import as_tensor
 from torchbatch.core.describe import describe, function_name, shown
@@ -15,7 +15,6 @@ from torchbatch.errors import InPlaceError, InputTypeError, OutputTypeError
 
 _Tensor = torch.Tensor
 _NUMBERS = (bool, int, float, complex)
-_LEAF = tree.flatten(0)[1]
 
 
 def kind_of(dtype: torch.dtype) -> int:
@@ -26,7 +25,7 @@ def kind_of(dtype: torch.dtype) -> int:
 
 
 class Promoted(Exception):  # noqa: N818 (it is no error)
-    """The first step gave a Python number of the carry another dtype: call ``promote``, and begin again."""
+    """The first step gave a Python number of the carry another type: call ``promote``, and begin again."""
 
 
 class Carry:
@@ -40,10 +39,12 @@ class Carry:
     def __init__(self, value: Any, who: str, what: str) -> None:
         self.who, self._what = who, what
         given, self.structure = tree.flatten(value)
+        self._given = given
         self.leaves = [self._tensor(leaf, value, i) for i, leaf in enumerate(given)]
-        self._is_number = [isinstance(leaf, _NUMBERS) or _is_weak(leaf) for leaf in given]
-        self._bare = self.structure == _LEAF
-        self._pending: dict[int, torch.dtype] = {}
+        self._is_number = [is_number(leaf) for leaf in given]
+        self._bare = self.structure == tree.LEAF
+        self._pending: dict[int, tuple[torch.device, torch.dtype]] = {}
+        self._draws = draw_state.Apart()
         self._note()
 
     @property
@@ -69,18 +70,26 @@ class Carry:
 
         Raises:
             OutputTypeError: it is not like the initial value.
-            Promoted: Python numbers of the initial value have taken the dtype that the step gives them.
+            Promoted: Python numbers of the initial value have taken the type that the step gives them.
         """
-        if type(output) is _Tensor and self._bare and output.dtype is self._dtypes[0] and output.shape == self._shapes[0]:
+        if type(output) is _Tensor and self._bare and self._is_like(output, 0):
             return output, [output]
         leaves, structure = tree.flatten(output)
         if structure != self.structure:
             raise self._other_structure(output, fun)
-        for leaf, dtype, shape in zip(leaves, self._dtypes, self._shapes, strict=True):
-            if not isinstance(leaf, _Tensor) or leaf.dtype is not dtype or leaf.shape != shape or _is_weak(leaf):
+        for i, leaf in enumerate(leaves):
+            if not isinstance(leaf, _Tensor) or not self._is_like(leaf, i) or _is_weak(leaf):
                 leaves = self._cast(leaves, output, fun)
                 return self.rebuild(leaves), leaves
         return output, leaves
+
+    def _is_like(self, leaf: torch.Tensor, index: int) -> bool:
+        return leaf.dtype is self._dtypes[index] and leaf.shape == self._shapes[index] and self._is_beside(leaf, index)
+
+    def _is_beside(self, leaf: torch.Tensor, index: int) -> bool:
+        """Whether a tensor is on the device of the carry; the meta device stands for any, where only shapes are asked for."""
+        device = self._devices[index]
+        return leaf.device == device or leaf.device.type == "meta" or device.type == "meta"
 
     def _cast(self, given: list[Any], output: Any, fun: Any) -> list[torch.Tensor]:
         """The leaves as tensors; numbers give way to the carry, and numbers of the initial value to what came out."""
@@ -88,13 +97,13 @@ class Carry:
         for i, (value, leaf) in enumerate(zip(found, given, strict=True)):
             if value is None or value.shape != self._shapes[i]:
                 raise self._other_type(i, leaf, output, fun)
-            if value.dtype is self._dtypes[i]:
+            if self._is_like(value, i):
                 continue
-            if _is_number(leaf) and kind_of(value.dtype) <= kind_of(self._dtypes[i]):
-                found[i] = value.to(self._dtypes[i])
+            if is_number(leaf) and kind_of(value.dtype) <= kind_of(self._dtypes[i]):
+                found[i] = number_as(leaf, self._devices[i], self._dtypes[i])
             elif self._is_number[i] and kind_of(self._dtypes[i]) <= kind_of(value.dtype):
-                self._pending[i] = value.dtype
-                self._is_number[i] = _is_number(leaf)
+                self._pending[i] = (self._devices[i] if self._is_beside(value, i) else value.device), value.dtype
+                self._is_number[i] = is_number(leaf)
             else:
                 raise self._other_type(i, leaf, output, fun)
         if self._pending:
@@ -102,15 +111,17 @@ class Carry:
         return found  # type: ignore[return-value]
 
     def promote(self) -> None:
-        """Begin again with numbers of the dtypes that a step gave them; to be called after :class:`Promoted`."""
-        for i, dtype in self._pending.items():
-            self.leaves[i] = self.leaves[i].to(dtype)
+        """Begin again with numbers of the types that a step gave them; to be called after :class:`Promoted`."""
+        for i, (device, dtype) in self._pending.items():
+            self.leaves[i] = self._given[i] = number_as(self._given[i], device, dtype)
         self._pending = {}
+        self._draws.undo()  # the step that ran will run again
         self._note()
 
     def _note(self) -> None:
         self._dtypes = [leaf.dtype for leaf in self.leaves]
         self._shapes = [leaf.shape for leaf in self.leaves]
+        self._devices = [leaf.device for leaf in self.leaves]
 
     def _tensor(self, leaf: Any, value: Any, index: int) -> torch.Tensor:
         found = as_tensor(weak.strong(leaf))
@@ -130,10 +141,13 @@ class Carry:
     def _other_type(self, index: int, leaf: Any, output: Any, fun: Any) -> OutputTypeError:
         where = _path(output, index, self._what)
         got = describe(leaf) if isinstance(leaf, _Tensor) else shown(leaf)
+        went_in, advice = describe(self.leaves[index]), "the dtype and shape that the function returns, or cast or reshape"
+        if isinstance(leaf, _Tensor) and not self._is_beside(leaf, index):
+            went_in, got = f"{went_in} on {self._devices[index]}", f"{got} on {leaf.device}"
+            advice = "the type and device that the function returns, or move (.to) or cast"
         return OutputTypeError(
-            f"{self._head(fun)} have identical types, but they differ at {where}: it goes in as {describe(self.leaves[index])} "
-            f"and comes out as {got}. Give {self._what} the dtype and shape that the function returns, or cast or reshape what "
-            "it returns."
+            f"{self._head(fun)} have identical types, but they differ at {where}: it goes in as {went_in} and comes out as "
+            f"{got}. Give {self._what} {advice} what it returns."
         )
 
     def _head(self, fun: Any) -> str:
@@ -144,8 +158,14 @@ def _is_weak(leaf: Any) -> bool:
     return weak.active.numbers is not None and weak.active.numbers.is_weak(leaf)
 
 
-def _is_number(leaf: Any) -> bool:
+def is_number(leaf: Any) -> bool:
+    """Whether a value gives way to others in promotion: a Python number, or what jit made of one."""
     return isinstance(leaf, _NUMBERS) or _is_weak(leaf)
+
+
+def number_as(number: Any, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A number as a tensor, with all its digits."""
+    return number.to(device, dtype) if isinstance(number, _Tensor) else torch.tensor(number, device=device, dtype=dtype)
 
 
 def _path(value: Any, index: int, root: str) -> str:

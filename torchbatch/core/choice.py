@@ -7,36 +7,27 @@ chosen may be NaN, and zero times NaN is NaN. So where gradients may be asked fo
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from torchbatch._torch import levels
+from torchbatch._torch import draw_state
 from torchbatch.core import tree, weak
 from torchbatch.core.argnums import flatten
 from torchbatch.core.arrays import as_tensor
-from torchbatch.core.carry import kind_of
+from torchbatch.core.carry import is_number, kind_of, number_as
 from torchbatch.core.closures import tensors_in, with_tensors
 from torchbatch.core.derivative import is_inexact
 from torchbatch.core.describe import describe, function_name, shown
-from torchbatch.core.recompute import Swap
+from torchbatch.core.recompute import Swap, needs_gradient
 from torchbatch.core.scalars import looks_across
 from torchbatch.errors import OutputTypeError
 
 Function = Callable[..., Any]
 _Tensor = torch.Tensor
 _is_compiling = torch.compiler.is_compiling
-
-
-def needs_gradient(value: torch.Tensor) -> bool:
-    """Whether a transform or autograd records what is computed of a tensor."""
-    while True:
-        if value.requires_grad:
-            return True
-        if not levels.is_wrapped(value):
-            return False
-        value = levels.get_unwrapped(value)
 
 
 def guarded(value: Any, chosen: torch.Tensor) -> Any:
@@ -52,7 +43,8 @@ class _Guard(Swap):
     def __init__(self, chosen: torch.Tensor) -> None:
         super().__init__()
         self._chosen = chosen
-        self._known: dict[int, torch.Tensor] = {}  # kept alive, so that an id stands for one tensor
+        self._known: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+        self._guarded: list[tuple[torch.Tensor, torch.Tensor]] = []  # kept alive, so that an id stands for one tensor
 
     def replace(self, tensor: torch.Tensor) -> torch.Tensor:
         """The guarded tensor for one from outside."""
@@ -67,6 +59,7 @@ class _Guard(Swap):
         if found is seen:
             return seen
         self.instead[key] = self._known[id(found)] = found
+        self._guarded.append((seen, found))
         return found
 
     def note(self, results: Sequence[Any]) -> None:
@@ -80,7 +73,8 @@ class _Guard(Swap):
 
 def per_sample(masks: Sequence[torch.Tensor], functions: Sequence[Function], operands: tuple[Any, ...], who: str) -> Any:
     """For each sample the output of the function whose mask holds."""
-    outputs = [_run(mask, function, operands) for mask, function in zip(masks, functions, strict=True)]
+    apart = draw_state.Apart()  # for each sample the keys of one function count
+    outputs = [apart.run(_run, mask, function, operands) for mask, function in zip(masks, functions, strict=True)]
     check_structures(outputs, functions, who)
     columns = [list(column) for column in zip(*[flatten(output)[0] for output in outputs], strict=True)]
     chosen = [_chosen(masks, column, outputs[0], i, functions, who) for i, column in enumerate(columns)]
@@ -130,16 +124,17 @@ def _chosen(
 def alike(column: list[Any], output: Any, index: int, functions: Sequence[Function], who: str) -> list[torch.Tensor]:
     """The same leaf of several outputs, as tensors of one shape and dtype; Python numbers take that of the others."""
     values = [as_tensor(weak.strong(leaf)) for leaf in column]
-    firm = [value for value, leaf in zip(values, column, strict=True) if isinstance(leaf, _Tensor)]
+    firm = [value for value, leaf in zip(values, column, strict=True) if not is_number(leaf)]
     like = firm[0] if firm else max(values, key=lambda value: -1 if value is None else kind_of(value.dtype))
     for i, (value, leaf) in enumerate(zip(values, column, strict=True)):
         if value is not None and like is not None and value.shape == like.shape:
             if value.dtype is like.dtype:
                 continue
-            if not isinstance(leaf, _Tensor) and kind_of(value.dtype) == kind_of(like.dtype):
-                values[i] = value.to(like.dtype)
+            if is_number(leaf) and kind_of(value.dtype) == kind_of(like.dtype):
+                values[i] = number_as(leaf, value.device, like.dtype)
                 continue
-        raise _other_type(column, i, like, output, index, functions, who)
+        place = next((k for k, other in enumerate(values) if other is like), 0)
+        raise _other_type(column, i, like, output, index, (functions[place], functions[i]), who)
     return values  # type: ignore[return-value]
 
 
@@ -167,13 +162,12 @@ def _other_structure(first: Any, other: Any, mine: Function, theirs: Function, w
 
 
 def _other_type(
-    column: list[Any], i: int, like: Any, output: Any, index: int, functions: Sequence[Function], who: str
+    column: list[Any], i: int, like: Any, output: Any, index: int, functions: tuple[Function, Function], who: str
 ) -> OutputTypeError:
     where = tree.paths(output, "output")[index]
     other = column[i]
     got = describe(other) if isinstance(other, _Tensor) else shown(other)
-    place = next((k for k, leaf in enumerate(column) if leaf is like), 0)
     return OutputTypeError(
-        f"{who}: all branches must return identical types, but they differ at {where}: {function_name(functions[place])} returns "
-        f"{describe(like)} and {function_name(functions[i])} returns {got}. Cast or reshape one of them."
+        f"{who}: all branches must return identical types, but they differ at {where}: {function_name(functions[0])} returns "
+        f"{describe(like)} and {function_name(functions[1])} returns {got}. Cast or reshape one of them."
     )

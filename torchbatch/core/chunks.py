@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torchbatch._torch import draws, graphs
+from torchbatch._torch import draw_state, draws, graphs
 from torchbatch.core import batch
 from torchbatch.core.axes import Mapped
 from torchbatch.core.frames import Part
@@ -42,7 +42,7 @@ def run(
     writes = writes or randomness != "error"  # the operators that draw are told apart by the same key
     state = draws.GeneratorState(mapped.values) if randomness != "error" else None
     chunks: list[list[Any]] = []
-    part_name = Part(name, chunk_size)
+    part_name, apart = Part(name, chunk_size), draw_state.Apart()
     for start in range(0, size, chunk_size):
         length = min(chunk_size, size - start)
         values = [value.narrow(axis, start, length) for value, axis in zip(mapped.values, mapped.axes, strict=True)]
@@ -50,7 +50,7 @@ def run(
             state.restore()
         finish = _Finish(out)
         part = draws.part_of(start, size, values) if randomness == "different" else contextlib.nullcontext()
-        with draws.in_chunks(), part:
+        with draws.in_chunks(), apart.one(), part:
             chunks.append(batch.run(call, values, mapped.axes, length, part_name, randomness, finish, writes)[0])
     joined = [_join(parts, how) for parts, how in zip(zip(*chunks, strict=True), finish.joins, strict=True)]
     return finish.rebuild(joined), sum(isinstance(x, torch.Tensor) for x in joined)

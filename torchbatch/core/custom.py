@@ -274,7 +274,7 @@ class _Recording:
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         primals = ctx.saved_tensors[: ctx.count]
-        moved = [or_zeros(tangent, primal) for primal, tangent in zip(primals, tangents[1:], strict=True)]
+        moved = [levels.of_dtype(or_zeros(t, primal), primal) for primal, t in zip(primals, tangents[1:], strict=True)]
         pushed: tuple[torch.Tensor, ...] = tuple(ctx.rule.push(primals, moved)[1])
         return pushed
 

@@ -35,6 +35,11 @@ def is_inexact(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def or_zeros(tangent: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """A tangent or cotangent; None stands for zeros."""
+    return torch.zeros_like(like) if tangent is None else tangent
+
+
 def conjugate(tensor: torch.Tensor) -> torch.Tensor:
     """The complex conjugate in memory: NumPy takes no lazy one, and ``conj_physical`` is slow under vmap."""
     return torch.complex(tensor.real, -tensor.imag) if tensor.is_complex() else tensor

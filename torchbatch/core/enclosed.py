@@ -10,19 +10,12 @@ import torch
 
 from torchbatch._torch import across, levels, staged, wrappers
 from torchbatch.core import recompute
-from torchbatch.core.choice import needs_gradient
 from torchbatch.core.closures import tensors_in, with_tensors
 from torchbatch.core.frames import in_scope
+from torchbatch.core.recompute import needs_gradient
 from torchbatch.errors import UnsupportedOperationError
 
 Tensors = list[torch.Tensor]
-
-
-def note(tensors: Sequence[torch.Tensor]) -> None:
-    """Tell the mode that looks for tensors from outside of some that were made otherwise than by an operation that it sees."""
-    mode = recompute._running.mode
-    if mode is not None:
-        mode.note(tensors)
 
 
 class Outside:
@@ -34,20 +27,20 @@ class Outside:
     """
 
     def __init__(self, run: Callable[[Tensors], Any], arguments: Sequence[torch.Tensor], function: Any) -> None:
-        with staged.unrecorded() as was_made:
-            arguments = [value.view_as(value) for value in arguments]  # not the same objects as what is closed over
+        with staged.unrecorded() as was_made, recompute.paused():
+            arguments = [value.clone() for value in arguments]  # not the same objects as what is closed over
             first = recompute.FirstRun(arguments)
             with first:
                 self.output = run(first.stand_ins[: len(arguments)])
         count = len(arguments)
         places = [i for i, value in enumerate(first.outside) if i >= count and _matters(value) and not was_made(value)]
-        self.tensors = [first.outside[i] for i in places]
+        self.tensors = recompute.seen(first.outside[i] for i in places)
         index = {place: i for i, place in enumerate(places)}
         self._names = {name: (value, index[place]) for name, (value, place) in first.names.items() if place in index}
         for value in tensors_in(function):
             if id(value) not in self._names and _matters(value):
                 self._names[id(value)] = value, len(self.tensors)
-                self.tensors.append(value)
+                self.tensors += recompute.seen([value])
 
     def replaced(self, instead: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
         """In this context the function reads other tensors in the place of ``tensors``."""
@@ -100,7 +93,7 @@ class Surroundings:
         self._levels = [level for level, _, _ in maps]
         self._frames = list(in_scope.stack)
         self.tokens = [across.number(level, size, None) for level, size, _ in maps]
-        note(self.tokens)
+        recompute.note(self.tokens)
 
     @contextlib.contextmanager
     def again(self, tokens: Sequence[torch.Tensor]) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from torchbatch._torch import staged
 from torchbatch.core import staged_gradients, staging, steps, tree
 from torchbatch.core.argnums import flatten
-from torchbatch.core.carry import Carry, Promoted
-from torchbatch.core.choice import alike, check_structures, needs_gradient
+from torchbatch.core.carry import Carry, Promoted, number_as
+from torchbatch.core.choice import alike, check_structures
+from torchbatch.core.describe import function_name
 from torchbatch.core.enclosed import Outside
+from torchbatch.core.recompute import needs_gradient
 from torchbatch.core.steps import Slices
 
 Function = Callable[..., Any]
@@ -22,6 +25,8 @@ _Tensor = torch.Tensor
 
 def scan(fun: Function, carry: Carry, slices: Slices, reverse: bool, unroll: int | bool = False) -> tuple[Any, Any]:
     """The last carry, and the results of all steps; ``unroll`` says how many are written out at once in a graph."""
+    if slices.length and _only_shapes([*carry.leaves, *slices.leaves]):
+        return _one_step_of_scan(fun, carry, slices)
     if unroll is True or slices.length < 2 or not staged.is_staging():
         return steps.scan(fun, carry, slices, reverse)
     if 1 < unroll < slices.length and not carry.has_numbers:
@@ -51,6 +56,8 @@ def _scan_blocks(fun: Function, carry: Carry, slices: Slices, reverse: bool, cou
 
 def repeat(fun: Function, carry: Carry, lower: int, upper: int, unroll: int | bool = False) -> Any:
     """The carry after ``fun(i, carry)`` for each ``i`` from ``lower`` on, below ``upper``."""
+    if upper > lower and _only_shapes(carry.leaves):
+        return _one_step(lambda value: fun(torch.zeros((), dtype=torch.int64, device="meta"), value), carry)
     if unroll is True or upper - lower < 2 or not staged.is_staging():
         return steps.repeat(fun, carry, lower, upper)
     numbers = Slices(torch.arange(lower, upper), None, "fori_loop")
@@ -64,10 +71,12 @@ def repeat(fun: Function, carry: Carry, lower: int, upper: int, unroll: int | bo
 
 def repeat_while(condition: Function, fun: Function, carry: Carry) -> Any:
     """The carry after as many steps as the condition holds, for each sample."""
-    if carry.leaves and carry.leaves[0].is_meta:  # only shapes are asked for
-        return _one_step(condition, fun, carry)
+    if _only_shapes(carry.leaves):
+        steps.predicate(condition, carry.value)
+        return _one_step(fun, carry)
     if not staged.is_staging():
         return steps.repeat_while(condition, fun, carry)
+    condition, fun = _as_here(condition), _as_here(fun)
 
     def both(leaves: Tensors) -> None:
         value = carry.rebuild(leaves)
@@ -75,18 +84,51 @@ def repeat_while(condition: Function, fun: Function, carry: Carry) -> Any:
         carry.fit(fun(value), fun)
 
     outside = _settled(carry, both, lambda: carry.leaves, (condition, fun))
-    new = staging.repeat_while(
+    sources = [value for value in (*carry.leaves, *outside.tensors) if torch.is_grad_enabled() and needs_gradient(value)]
+    new, moved = staging.repeat_while(
         lambda leaves: steps.predicate(condition, carry.rebuild(leaves)),
         lambda leaves: carry.fit(fun(carry.rebuild(leaves)), fun)[1],
         carry.leaves,
+        any(map(needs_gradient, outside.tensors)),
     )
-    sources = [value for value in (*carry.leaves, *outside.tensors) if torch.is_grad_enabled() and needs_gradient(value)]
-    return carry.rebuild([steps.forward_only(leaf, sources) for leaf in new])
+    return carry.rebuild([steps.forward_only(leaf, sources) if m else leaf for leaf, m in zip(new, moved, strict=True)])
 
 
-def _one_step(condition: Function, fun: Function, carry: Carry) -> Any:
+def _only_shapes(leaves: Tensors) -> bool:
+    """Whether there are no numbers, so that one step tells what there is to know of all."""
+    return any(leaf.is_meta for leaf in leaves)
+
+
+def _one_step_of_scan(fun: Function, carry: Carry, slices: Slices) -> tuple[Any, Any]:
+    results: Any = None
+
+    def step(value: Any) -> Any:
+        nonlocal results
+        output, results = steps.pair(fun(value, slices.structure.unflatten([leaf.select(0, 0) for leaf in slices.leaves])), fun)
+        return output
+
+    step.__name__ = function_name(fun)
+    value = _one_step(step, carry)
+    given, structure = flatten(results)
+    leaves = [steps.result_leaf(leaf, results, i, fun, carry.who) for i, leaf in enumerate(given)]
+    return value, structure.unflatten([leaf.unsqueeze(0).expand(slices.length, *leaf.shape).contiguous() for leaf in leaves])
+
+
+def _as_here(function: Function) -> Function:
+    """The function, for which gradients are recorded, or not, as they are here; while a body is traced they are not."""
+    enabled = torch.is_grad_enabled()
+
+    @functools.wraps(function)
+    def called(*args: Any) -> Any:
+        with torch.set_grad_enabled(enabled):
+            return function(*args)
+
+    called.__name__ = function_name(function)
+    return called
+
+
+def _one_step(fun: Function, carry: Carry) -> Any:
     while True:
-        steps.predicate(condition, carry.value)
         try:
             return carry.fit(fun(carry.value), fun)[0]
         except Promoted:
@@ -108,6 +150,7 @@ class _Step:
     """The step of a scan on flat lists of tensors."""
 
     def __init__(self, fun: Function, carry: Carry, slices: Slices) -> None:
+        fun = _as_here(fun)
         self._fun, self._carry, self._slices = fun, carry, slices
         with staged.unrecorded():
             first = [leaf.select(0, 0) for leaf in slices.leaves]
@@ -127,12 +170,13 @@ class _Step:
         output, result = steps.pair(fun(self._carry.rebuild(carry), self._slices.structure.unflatten(x)), self._fun)
         new = self._carry.fit(output, self._fun)[1]
         given, self.structure = flatten(result)
-        return new, [steps.result_leaf(leaf, result, i, self._fun) for i, leaf in enumerate(given)]
+        return new, [steps.result_leaf(leaf, result, i, self._fun, self._carry.who) for i, leaf in enumerate(given)]
 
 
 def choose(index: torch.Tensor, branches: Sequence[Function], operands: tuple[Any, ...], who: str) -> Any:
     """The output of one branch, where jit traces and ``index`` is the same for all samples."""
     given = _Operands(operands)
+    branches = [_as_here(branch) for branch in branches]
     traced = [Outside(given.caller(branch), given.tensors, branch) for branch in branches]
     outputs = [each.output for each in traced]
     check_structures(outputs, branches, who)
@@ -176,5 +220,6 @@ class _Flat:
         own = inputs[self._own]
         with self._outside.replaced(own):
             leaves = flatten(self._outside.closed_over(self._branch, own)(*self._operands.rebuild(inputs)))[0]
-        values = [steps.result_leaf(leaf, leaves, i, self._branch) for i, leaf in enumerate(leaves)]
-        return [value.to(dtype) for value, dtype in zip(values, self._types, strict=True)]
+        values = [steps.result_leaf(leaf, leaves, i, self._branch, "cond") for i, leaf in enumerate(leaves)]
+        triples = zip(leaves, values, self._types, strict=True)
+        return [value if value.dtype is dtype else number_as(leaf, value.device, dtype) for leaf, value, dtype in triples]

@@ -43,7 +43,7 @@ class Program:
         with one_at_a_time, RanModules((call.fun, *(value for _, _, value in call.statics))) as ran:
             self.trace = self._traced(open_axes)
         self.modules = ran.found()
-        self.single = self.trace.outputs == 1 and self.structure == _LEAF
+        self.single = self.trace.outputs == 1 and self.structure == tree.LEAF
 
     def _traced(self, open_axes: Sequence[Sequence[int]] | None) -> Trace:
         gradients = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
@@ -84,9 +84,6 @@ class Program:
     def _bad_output(self, leaf: Any, index: int, rule: str) -> OutputTypeError:
         name = tree.paths(self.structure.unflatten(range(self.structure.num_leaves)), "output")[index]
         return OutputTypeError(f"jit: {name} of {function_name(self.call.fun)} is {shown(leaf)}, but {rule}.")
-
-
-_LEAF = flatten(0)[1]
 
 
 class _Recording(list[Any]):

@@ -12,25 +12,35 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from torchbatch._torch import derivatives, levels, wrappers
+from torchbatch._torch import derivatives, draw_state, levels, wrappers
 from torchbatch.core.argnums import alias, flatten, unflatten
-from torchbatch.core.derivative import is_inexact
+from torchbatch.core.derivative import is_inexact, or_zeros
 from torchbatch.errors import UnsupportedOperationError
 
 
+def needs_gradient(value: torch.Tensor) -> bool:
+    """Whether a transform or autograd records what is computed of a tensor."""
+    while True:
+        if value.requires_grad:
+            return True
+        if not levels.is_wrapped(value):
+            return False
+        value = levels.get_unwrapped(value)
+
+
 class Surroundings:
-    """The random state and the autocast settings at one moment, to be had again later."""
+    """The random state, how keys are counted, and the autocast settings at one moment, to be had again later."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
-        self.cpu_state = torch.get_rng_state()
+        self.cpu_state, self.partitionable = torch.get_rng_state(), draw_state.partitionable()
         self.cuda_states = [torch.cuda.get_rng_state(device) for device in self.devices]
         kinds = ["cpu", *(["cuda"] if self.devices else [])]
         self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
@@ -40,6 +50,7 @@ class Surroundings:
         """Run with the same random numbers and the same autocast, then put everything back."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(self.devices))
+            stack.enter_context(draw_state.again(self.partitionable))
             for kind, dtype, enabled in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
             torch.set_rng_state(self.cpu_state)
@@ -55,6 +66,54 @@ class _Running(threading.local):
 _running = _Running()
 
 
+def seen(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """These tensors as an operation gets them; to be called by what takes tensors and is no operation that a mode sees."""
+    mode = _running.mode
+    if mode is None:
+        return list(tensors)
+    with paused():
+        found = [mode.replace(tensor) for tensor in tensors]
+    mode.note(found)
+    return found
+
+
+def note(tensors: Sequence[torch.Tensor]) -> None:
+    """Tell the modes of tensors that were made otherwise than by an operation that they see."""
+    mode = _running.mode
+    if mode is not None:
+        mode.note(tensors)
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """The modes leave everything as it is, and note nothing."""
+    mode, _running.mode = _running.mode, None
+    chain = list(_chain(mode))
+    before = [each.paused for each in chain]
+    for each in chain:
+        each.paused = True
+    try:
+        yield
+    finally:
+        _running.mode = mode
+        for each, was in zip(chain, before, strict=True):
+            each.paused = was
+
+
+def _chain(mode: Swap | None) -> Iterator[Swap]:
+    while mode is not None:
+        yield mode
+        mode = mode.outer
+
+
+# What asks about a tensor, and makes nothing of it. Whether something requires a gradient is asked of wrapped tensors too.
+_PROPERTIES = ("requires_grad", "is_leaf", "grad_fn", "shape", "dtype", "device", "layout", "ndim", "is_meta", "is_cuda")
+_METHODS = ("dim", "size", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous")
+_QUESTIONS = frozenset(
+    [getattr(torch.Tensor, name).__get__ for name in _PROPERTIES] + [getattr(torch.Tensor, name) for name in _METHODS]
+)
+
+
 class Swap(TorchFunctionMode):
     """Give every operation other tensors in the place of known ones."""
 
@@ -63,6 +122,7 @@ class Swap(TorchFunctionMode):
         self.outer = _running.mode
         self.instead: dict[int, torch.Tensor] = {}
         self.level = levels.depth()
+        self.paused = False
 
     def __enter__(self) -> Any:
         _running.mode = self
@@ -73,6 +133,8 @@ class Swap(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.paused or func in _QUESTIONS:
+            return func(*args, **(kwargs or {}))
         args, kwargs = self._swapped((args, kwargs or {}))
         result = func(*args, **kwargs)
         self.note(flatten(result)[0])
@@ -95,6 +157,32 @@ class Swap(TorchFunctionMode):
         """Look at what an operation returned."""
 
 
+class _Opaque(Swap):
+    """Inside a function that has rules of its own, which may read nothing beside its arguments that is differentiated."""
+
+    def __init__(self, arguments: Sequence[torch.Tensor], refused: Callable[[], Exception]) -> None:
+        super().__init__()
+        self._own = arguments
+        self._refused = refused
+
+    def replace(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor."""
+        own = not (tensor.requires_grad and tensor.is_leaf) or levels.is_wrapped(tensor)
+        if own or any(levels.share_memory(tensor, value) for value in self._own):
+            return tensor
+        raise self._refused()
+
+
+@contextlib.contextmanager
+def opaque(arguments: Sequence[torch.Tensor], refused: Callable[[], Exception]) -> Iterator[None]:
+    """The modes do not look into what runs here. It may read ``arguments``; another tensor with a gradient is ``refused``."""
+    if _running.mode is None:
+        yield
+        return
+    with paused(), _Opaque(arguments, refused):
+        yield
+
+
 class FirstRun(Swap):
     """Detach what comes from outside, and note it."""
 
@@ -109,9 +197,7 @@ class FirstRun(Swap):
 
     def admit(self, tensor: torch.Tensor, read: torch.Tensor) -> None:
         """Note a tensor from outside, which the function reads as ``read``, and make a detached stand-in for it."""
-        self.instead[id(tensor)] = (
-            tensor  # until there is a better one: an outer run sees the next line as an operation
-        )
+        self.instead[id(tensor)] = tensor  # until there is a better one: an outer run sees the next line as an operation
         inside = tensor.detach()
         self.names[id(tensor)] = tensor, len(self.outside)
         self.names[id(read)] = read, len(self.outside)
@@ -146,8 +232,9 @@ class SecondRun(Swap):
         super().__init__()
         self.names = names
         self.instead = {name: instead[place] for name, (_, place) in names.items()}
-        self.read: set[int] = set()
+        self.read: set[int] = set()  # of which tensors others were made
         self.new = {id(tensor) for tensor in instead}
+        self._looked_at: set[int] = set()
 
     def replace(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor in the place of ``tensor``."""
@@ -156,16 +243,26 @@ class SecondRun(Swap):
                 return tensor
             if id(layer) in self.instead:
                 if layer is tensor:
-                    self.read.add(self.names[id(layer)][1])
+                    self._looked_at.add(self.names[id(layer)][1])
                     return self.instead[id(layer)]
-                raise _unseen()
+                if needs_gradient(layer):
+                    raise _unseen()
+                return tensor
         return tensor if self.outer is None else self.outer.replace(tensor)
+
+    def note(self, results: Sequence[Any]) -> None:
+        """A tensor is read if something is made of it; to ask for its shape is not enough."""
+        if any(isinstance(leaf, torch.Tensor) for leaf in results):
+            self.read |= self._looked_at
+        self._looked_at = set()
+        if self.outer is not None:
+            self.outer.note(results)
 
 
 def _unseen() -> UnsupportedOperationError:
     return UnsupportedOperationError(
-        "checkpoint: the function hands a tensor that it closes over straight to a transform such as vmap or grad. "
-        "Make that tensor an argument of the checkpointed function."
+        "checkpoint: the function hands a tensor that it closes over straight to a transform such as vmap or grad, or to a "
+        "collective such as psum. Make that tensor an argument of the checkpointed function."
     )
 
 
@@ -219,7 +316,7 @@ class Segment:
             return self.again(_placed(inputs, wanted, values), wanted), ()
 
         outputs, _, pull = derivatives.vjp(flat, [inputs[i] for i in wanted])
-        full = [torch.zeros_like(o) if c is None else c for o, c in zip(outputs, cotangents, strict=True)]
+        full = [or_zeros(c, o) for o, c in zip(outputs, cotangents, strict=True)]
         found: list[torch.Tensor | None] = [None] * len(inputs)
         for i, value in zip(wanted, pull(tuple(full)), strict=True):
             found[i] = value
@@ -238,9 +335,7 @@ class Segment:
             return derivatives.jvp(flat, [inputs[i] for i in wanted], tangents)[1]
 
 
-def _placed(
-    inputs: Sequence[torch.Tensor], wanted: Sequence[int], values: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
+def _placed(inputs: Sequence[torch.Tensor], wanted: Sequence[int], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     found = [alias(tensor) for tensor in inputs]
     for i, value in zip(wanted, values, strict=True):
         found[i] = value

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from torchbatch._torch import across, graphs, levels, wrappers
@@ -23,7 +25,7 @@ def scalar(value: Any, who: str, what: str) -> torch.Tensor:
     Raises:
         InputTypeError: it is something else.
     """
-    found = as_tensor(value)
+    found = as_tensor(_size(value))
     if found is None:
         raise InputTypeError(f"{who}: {what} must be a single number or truth value, but it is {shown(value)}.")
     if found.dim():
@@ -32,6 +34,21 @@ def scalar(value: Any, who: str, what: str) -> torch.Tensor:
             "function over that axis with vmap; torch.where chooses element by element."
         )
     return found if _is_compiling() else wrappers.alive(found)
+
+
+def _size(value: Any) -> Any:
+    """A number for a size that jit leaves open, or for a comparison of such sizes; the trace then holds for it alone."""
+    return bool(value) if isinstance(value, torch.SymBool) else int(value) if isinstance(value, torch.SymInt) else value
+
+
+def integer(value: Any) -> int | None:
+    """What Python or NumPy holds as an integer; None for anything else, among it tensors and truth values."""
+    if isinstance(value, bool | _Tensor | np.bool_):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def is_batched(value: torch.Tensor) -> bool:
@@ -85,9 +102,12 @@ def selected(mask: torch.Tensor, yes: Sequence[torch.Tensor], no: Sequence[torch
 
 
 def of_a_sample(mask: torch.Tensor, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The values of the first sample in which the mask holds, for all."""
+    """The values of the first sample in which the mask holds, for all; those that are given, if there are no samples."""
     over = open_levels(mask)
-    chosen = levels.innermost(everywhere(mask, over)).int().argmax().reshape(1)
+    held = levels.innermost(everywhere(mask, over))
+    if not held.numel():
+        return list(leaves)
+    chosen = held.int().argmax().reshape(1)
     varying = {level for level, _ in over}
     return [
         everywhere(leaf, over).index_select(0, chosen).squeeze(0) if varying & {*levels.batch_levels(leaf)} else leaf

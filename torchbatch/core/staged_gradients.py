@@ -17,9 +17,9 @@ from torch.autograd import forward_ad
 
 from torchbatch._torch import derivatives, seeding, wrappers
 from torchbatch.core import staging
-from torchbatch.core.choice import needs_gradient
-from torchbatch.core.derivative import is_inexact
-from torchbatch.core.enclosed import Surroundings, note
+from torchbatch.core.derivative import is_inexact, or_zeros
+from torchbatch.core.enclosed import Surroundings
+from torchbatch.core.recompute import needs_gradient, note
 
 Tensors = list[torch.Tensor]
 Step = Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]]
@@ -123,7 +123,7 @@ class _Scan(_Call):
         first, ys = given[: len(carry)], given[len(carry) : len(given) - len(carry)]
         begins = given[len(given) - len(carry) :]
         plan = _Pull(self._step, wanted, carry, xs, others, [value is not None for value in ys])
-        begin = [_or_zeros(c, value) for c, value in zip(first, carry, strict=True) if is_inexact(value)]
+        begin = [or_zeros(c, value) for c, value in zip(first, carry, strict=True) if is_inexact(value)]
         sums = [torch.zeros_like(others[i]) for i in plan.others]
         beside = [value for value in (*ys, *begins) if value is not None]
         plan.begins = [value is not None for value in begins]
@@ -174,10 +174,6 @@ def _with(values: Tensors, places: Sequence[int], new: Any) -> Tensors:
     for i in places:
         found[i] = next(new)
     return found
-
-
-def _or_zeros(cotangent: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(like) if cotangent is None else cotangent
 
 
 class _Choice(_Call):

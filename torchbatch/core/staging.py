@@ -13,8 +13,9 @@ import torch
 from torchbatch._torch import staged
 from torchbatch._torch.programs import Choice, Scan, While
 from torchbatch._torch.staged import Grown, Named, Path, Places, Stack, Staged
-from torchbatch.core.enclosed import note
+from torchbatch.core.derivative import is_inexact
 from torchbatch.core.frames import in_scope
+from torchbatch.core.recompute import needs_gradient, note
 from torchbatch.core.scalars import is_batched, looks_across, of_a_sample, selected
 
 Tensors = list[torch.Tensor]
@@ -69,8 +70,14 @@ def scan(step: Step, carry: Tensors, xs: Tensors, length: int, reverse: bool) ->
     return new, ys
 
 
-def repeat_while(condition: Callable[[Tensors], torch.Tensor], fun: Callable[[Tensors], Tensors], carry: Tensors) -> Tensors:
-    """The carry after as many steps as the condition holds, for each sample."""
+def repeat_while(
+    condition: Callable[[Tensors], torch.Tensor], fun: Callable[[Tensors], Tensors], carry: Tensors, reads_moving: bool = False
+) -> tuple[Tensors, list[bool]]:
+    """The carry after as many steps as the condition holds, for each sample, and which of it depends on what is differentiated.
+
+    Args:
+        reads_moving: whether the functions read tensors from outside that need a gradient.
+    """
     holding = condition(carry)
     loop = _WhileLoop(condition, fun, carry, holding)
     with Stack() as stack:
@@ -92,7 +99,10 @@ def repeat_while(condition: Callable[[Tensors], torch.Tensor], fun: Callable[[Te
         out = staged.called(program, [*staged.flat(first), *found.captured])
         new = stack.raised(dict(zip(sorted(first), out, strict=True)), need)[: len(carry)]
     note(new)
-    return new
+    begin = [needs_gradient(values[path[0]]) for path in sorted(first)]
+    outside = [reads_moving and is_inexact(value) for value in found.captured]
+    moved = {path[0] for path, moves in zip(sorted(first), program.moved_by([*begin, *outside]), strict=True) if moves}
+    return new, [i in moved for i in range(len(carry))]
 
 
 def _is_batched_in(stack: Stack, places: Places, index: int) -> bool:

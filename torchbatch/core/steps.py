@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from torchbatch._torch import draw_state, levels
+from torchbatch._torch.programs import NO_GRADIENT, Stacks, refused
+from torchbatch._torch.staged import is_staging
 from torchbatch.core import tree
 from torchbatch.core.abstract import Abstract, to_meta
 from torchbatch.core.arrays import as_tensor
 from torchbatch.core.carry import Carry, Promoted, check_kept, marks
-from torchbatch.core.choice import needs_gradient
 from torchbatch.core.describe import describe, function_name, shown
+from torchbatch.core.recompute import needs_gradient
 from torchbatch.core.scalars import holds, is_batched, looks_across, of_a_sample, scalar, selected, truth
 from torchbatch.core.weak import strong
-from torchbatch.errors import AxisError, InputTypeError, OutputTypeError, UnsupportedOperationError
+from torchbatch.errors import AxisError, DataDependentError, InputTypeError, OutputTypeError, UnsupportedOperationError
 
 Function = Callable[..., Any]
 _Tensor = torch.Tensor
@@ -43,7 +47,7 @@ class Slices:
 
     def steps(self, reverse: bool) -> Iterator[Any]:
         """The slices one after the other, as trees like ``xs``."""
-        if len(self.leaves) == 1 and self.structure == _LEAF:
+        if len(self.leaves) == 1 and self.structure == tree.LEAF:
             yield from _slices(self.leaves[0], reverse)
         elif not self.leaves:
             empty: Any = self.structure.unflatten([])
@@ -65,9 +69,6 @@ class Slices:
     def meta(self) -> Any:
         """One slice, without numbers."""
         return self.structure.unflatten([torch.empty(leaf.shape[1:], dtype=leaf.dtype, device="meta") for leaf in self.leaves])
-
-
-_LEAF = tree.flatten(0)[1]
 
 
 def _array(leaf: Any, xs: Any, index: int, who: str) -> torch.Tensor:
@@ -103,66 +104,56 @@ def _slices(values: torch.Tensor, reverse: bool) -> Iterator[torch.Tensor]:
 class _Results:
     """Stacks what the steps return beside the carry, a block at a time."""
 
-    def __init__(self, reverse: bool, fun: Function) -> None:
-        self._reverse, self._fun = reverse, fun
+    def __init__(self, reverse: bool, fun: Function, who: str) -> None:
+        self._reverse, self._fun, self._who = reverse, fun, who
         self._structure: tree.TreeDef | None = None
-        self._columns: list[list[torch.Tensor]] = []
-        self._blocks: list[list[torch.Tensor]] = []
+        self._types: list[tuple[torch.Size, torch.dtype, str]] = []
+        self._stacks = Stacks(0, reverse)
+        self._count = 0
 
     def add(self, value: Any) -> None:
         """Note the result of a step."""
         if type(value) is _Tensor:
-            leaves, structure = [value], _LEAF
+            leaves, structure = [value], tree.LEAF
         else:
             given, structure = tree.flatten(value)
-            leaves = [result_leaf(leaf, value, i, self._fun) for i, leaf in enumerate(given)]
+            leaves = [result_leaf(leaf, value, i, self._fun, self._who) for i, leaf in enumerate(given)]
         if self._structure is None:
-            self._structure = structure
-            self._columns = [[] for _ in leaves]
-            self._blocks = [[] for _ in leaves]
+            self._structure, self._types = structure, [(leaf.shape, leaf.dtype, describe(leaf)) for leaf in leaves]
+            self._stacks = Stacks(len(leaves), self._reverse)
         elif structure != self._structure:
-            raise OutputTypeError(
-                f"scan: {function_name(self._fun)} must return the same structure at every step, but y has the structure "
-                f"{self._structure} at one and {structure} at another."
-            )
-        for column, leaf in zip(self._columns, leaves, strict=True):
-            column.append(leaf)
-        if self._columns and len(self._columns[0]) == _BLOCK:
-            self._stack()
+            raise self._other("structure", f"{_what(self._who)} has the structure", self._structure, structure)
+        for i, (leaf, (shape, dtype, text)) in enumerate(zip(leaves, self._types, strict=True)):
+            if leaf.shape != shape or leaf.dtype is not dtype:
+                raise self._other("types", f"{tree.paths(value, _what(self._who))[i]} is", text, describe(leaf))
+        self._stacks.add(leaves)
+        self._count += 1
+        if not self._count % _BLOCK:
+            self._stacks.stack()
 
     def finish(self) -> Any:
         """All results, stacked."""
-        if self._columns and self._columns[0]:
-            self._stack()
-        values = [_joined(blocks[::-1] if self._reverse else blocks) for blocks in self._blocks]
-        return self._structure.unflatten(values) if self._structure is not None else None
+        if self._count % _BLOCK:
+            self._stacks.stack()
+        return self._structure.unflatten(self._stacks.finish()) if self._structure is not None else None
 
-    def _stack(self) -> None:
-        for column, blocks in zip(self._columns, self._blocks, strict=True):
-            blocks.append(_stacked(column[::-1] if self._reverse else column, self._fun))
-            column.clear()
-
-
-def _stacked(column: list[torch.Tensor], fun: Function) -> torch.Tensor:
-    for value in column:
-        if value.shape != column[0].shape or value.dtype is not column[0].dtype:
-            raise OutputTypeError(
-                f"scan: {function_name(fun)} must return the same types at every step, but a part of y is {describe(column[0])} "
-                f"at one step and {describe(value)} at another."
-            )
-    return torch.stack(column)
+    def _other(self, what: str, where: str, first: Any, other: Any) -> OutputTypeError:
+        return OutputTypeError(
+            f"{self._who}: {function_name(self._fun)} must return the same {what} at every step, but {where} {first} at one step "
+            f"and {other} at another."
+        )
 
 
-def _joined(blocks: list[torch.Tensor]) -> torch.Tensor:
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+def _what(who: str) -> str:
+    return "output" if who == "map" else "y"
 
 
-def result_leaf(leaf: Any, value: Any, index: int, fun: Function) -> torch.Tensor:
+def result_leaf(leaf: Any, value: Any, index: int, fun: Function, who: str) -> torch.Tensor:
     """A leaf of what a step returns, as a tensor."""
     found = as_tensor(strong(leaf))
     if found is None:
-        where = tree.paths(value, "y")[index]
-        raise OutputTypeError(f"scan: {where} that {function_name(fun)} returns is {shown(leaf)}, which is no array of numbers.")
+        where = tree.paths(value, _what(who))[index]
+        raise OutputTypeError(f"{who}: {where} that {function_name(fun)} returns is {shown(leaf)}, which is no array of numbers.")
     return found
 
 
@@ -182,7 +173,7 @@ def scan(fun: Function, carry: Carry, slices: Slices, reverse: bool) -> tuple[An
     if not slices.length:
         return _no_steps(fun, carry, slices)
     while True:
-        results = _Results(reverse, fun)
+        results = _Results(reverse, fun, carry.who)
         value, leaves = carry.value, carry.leaves
         try:
             for x in slices.steps(reverse):
@@ -203,7 +194,7 @@ def _no_steps(fun: Function, carry: Carry, slices: Slices) -> tuple[Any, Any]:
     device = next((leaf.device for leaf in (*carry.leaves, *slices.leaves)), torch.device("cpu"))
     _, result = pair(without_numbers(fun, device, carry, slices.meta()), fun)
     leaves, structure = tree.flatten(result)
-    found = [result_leaf(leaf, result, i, fun) for i, leaf in enumerate(leaves)]
+    found = [result_leaf(leaf, result, i, fun, carry.who) for i, leaf in enumerate(leaves)]
     empty = [torch.empty((0, *leaf.shape), dtype=leaf.dtype, device=device) for leaf in found]
     return carry.value, structure.unflatten(empty)
 
@@ -212,7 +203,7 @@ def without_numbers(fun: Function, device: torch.device, carry: Carry, *rest: An
     """The output of a step for tensors without numbers; numbers in ``carry`` take the dtype that the step gives them."""
     while True:
         meta = carry.rebuild([to_meta(leaf) for leaf in carry.leaves])
-        with Abstract(device):
+        with _words_of_a_loop(carry.who), Abstract(device):
             output = fun(meta, *rest)
         try:
             carry.fit(output[0] if rest else output, fun)
@@ -220,6 +211,18 @@ def without_numbers(fun: Function, device: torch.device, carry: Carry, *rest: An
             carry.promote()
             continue
         return output
+
+
+@contextlib.contextmanager
+def _words_of_a_loop(who: str) -> Iterator[None]:
+    """Errors of a run without numbers say that it is one."""
+    try:
+        yield
+    except (DataDependentError, UnsupportedOperationError) as error:
+        if not str(error).startswith("eval_shape: "):
+            raise
+        text = str(error).removeprefix("eval_shape: ").replace("eval_shape", who)
+        raise type(error)(f"{who}: there are no steps, so that {who} looks at shapes and dtypes alone. Here {text}") from error
 
 
 def repeat(fun: Function, carry: Carry, lower: int, upper: int) -> Any:
@@ -296,7 +299,7 @@ def _per_sample(
     the name of the axis, they are to see what it keeps.
     """
     seen = looks_across(holding)
-    valid = leaves
+    valid, apart = leaves, draw_state.Apart()  # a sample that has finished uses its keys again
     count, samples = holds(holding)
     if 0 < count < samples and not seen:
         valid = of_a_sample(holding, leaves)
@@ -305,7 +308,7 @@ def _per_sample(
         given = leaves if everyone or seen else selected(holding, leaves, valid)
         before = marks(given)
         try:
-            new = carry.fit(fun(carry.rebuild(given)), fun)[1]
+            new = carry.fit(apart.run(fun, carry.rebuild(given)), fun)[1]
         except Promoted:
             carry.promote()
             leaves = given = carry.leaves
@@ -329,19 +332,17 @@ class _ForwardOnly(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, value: torch.Tensor, *sources: torch.Tensor) -> tuple[Any, Any]:
         return _ForwardOnly.apply(value, *sources), in_dims[0]  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise UnsupportedOperationError(
-            "while_loop has no gradient in reverse mode (grad, vjp, jacrev, backward()), nor has a fori_loop whose bounds differ "
-            "from sample to sample: how many steps there are is not known beforehand. Use scan, or a fori_loop with fixed "
-            "bounds; forward mode (jvp, jacfwd); or stop_gradient."
-        )
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        if levels.depth() or not is_staging():
+            raise UnsupportedOperationError(NO_GRADIENT)
+        return None, *(refused(gradient, source) for source in ctx.saved_tensors)  # jit records the backward pass beforehand
 
     @staticmethod
     def jvp(ctx: Any, tangent: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:

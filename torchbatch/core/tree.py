@@ -79,6 +79,9 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[li
     return optree.tree_flatten(tree, is_leaf, namespace=NAMESPACE)
 
 
+LEAF = flatten(0)[1]  # the structure of what is no container
+
+
 def flatten_in_order(tree: Any) -> tuple[list[Any], TreeDef]:
     """As :func:`flatten`, but with the keys of dictionaries in their order, and in another order they are another structure."""
     if registry.mark() != _seen:

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from torchbatch._torch.guards import hidden_from_compile
 from torchbatch.core import batch, loops, steps, tree
 from torchbatch.core.carry import Carry
-from torchbatch.core.describe import shown
+from torchbatch.core.describe import function_name, shown
 from torchbatch.core.outputs import OutAxes
-from torchbatch.core.scalars import is_batched, is_known, number, scalar
+from torchbatch.core.scalars import integer, is_batched, is_known, number, scalar
 from torchbatch.core.writes import may_write
 from torchbatch.errors import AxisError, AxisSpecError, InputTypeError
 
 _Tensor = torch.Tensor
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+_is_compiling = torch.compiler.is_compiling
 
 
+def _left_to_python(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """A function that ``torch.compile`` does not follow: it ends its graph there, and Python runs the call."""
+    loop_left_to_python = hidden_from_compile(function)  # what Dynamo's message calls it, if it must not end its graph
+
+    @functools.wraps(function)
+    def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        return loop_left_to_python(*args, **kwargs) if _is_compiling() else function(*args, **kwargs)
+
+    return call
+
+
+@_left_to_python
 def scan(
     f: Callable[[Any, Any], tuple[Any, Any]],
     init: Any,
@@ -73,6 +90,7 @@ def scan(
     return loops.scan(f, carry, slices, bool(reverse), unroll)
 
 
+@_left_to_python
 def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any) -> Any:
     """Call ``body_fun`` as long as ``cond_fun`` holds.
 
@@ -110,6 +128,7 @@ def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], i
     return loops.repeat_while(cond_fun, body_fun, Carry(init_val, "while_loop", "the value"))
 
 
+@_left_to_python
 def fori_loop(
     lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init_val: Any, *, unroll: int | bool | None = None
 ) -> Any:
@@ -153,6 +172,7 @@ def fori_loop(
     )[1]
 
 
+@_left_to_python
 def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None, progress: bool = False) -> Any:
     """Call ``f`` for each slice of ``xs`` along the first axis, one after the other, and stack the results.
 
@@ -163,14 +183,14 @@ def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None, prog
     Args:
         f: a function of one slice.
         xs: a tree of tensors with first axes of one size.
-        batch_size: how many slices ``f`` is mapped over at once; None calls it slice by slice.
+        batch_size: how many slices ``f`` is mapped over at once; None, or 0, calls it slice by slice.
         progress: whether to show a progress bar, on the standard error. It needs ``tqdm``.
 
     Returns:
         The results, stacked.
 
     Raises:
-        AxisError: the first axes of ``xs`` have different sizes, or there are none; ``batch_size`` is below 1.
+        AxisError: the first axes of ``xs`` have different sizes, or there are none; ``batch_size`` is below 0.
         InputTypeError, OutputTypeError: something in ``xs``, or in what ``f`` returns, is no array.
         ImportError: ``tqdm`` is not installed, and ``progress`` is true.
 
@@ -183,12 +203,12 @@ def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None, prog
     Source: ``jax.lax.map``; ``progress`` is torchbatch's own.
     """
     _check_function(f, "map", "f")
-    size = _count(batch_size, "map", "batch_size", 1)
+    size = _count(batch_size, "map", "batch_size") or None
     slices = steps.Slices(xs, None, "map")
     bar = _bar(slices.length) if progress else None
     try:
         if size is None:
-            return loops.scan(_told(lambda _, x: ((), f(x)), bar, 1), Carry((), "map", "carry"), slices, False)[1]
+            return loops.scan(_told(f, bar, 1), Carry((), "map", "carry"), slices, False)[1]
         return _in_batches(f, slices, size, bar)
     finally:
         if bar is not None:
@@ -201,7 +221,7 @@ def _in_batches(f: Callable[[Any], Any], slices: steps.Slices, size: int, bar: A
     parts = []
     if full or not slices.length:
         blocks = [leaf[:full].reshape(full // size, size, *leaf.shape[1:]) for leaf in slices.leaves]
-        mapped = _told(lambda _, x: ((), _mapped(f, x)), bar, size)
+        mapped = _told(functools.wraps(f)(functools.partial(_mapped, f)), bar, size)
         xs = steps.Slices(slices.structure.unflatten(blocks), None, "map")
         found = loops.scan(mapped, Carry((), "map", "carry"), xs, False)[1]
         parts.append(tree.map_leaves(lambda leaf: leaf.flatten(0, 1), found))
@@ -221,17 +241,17 @@ def _mapped(f: Callable[[Any], Any], xs: Any) -> Any:
     return batch.run(call, leaves, axes, leaves[0].shape[0], None, "error", finish, may_write(f))[0]
 
 
-def _told(step: Callable[[Any, Any], Any], bar: Any, count: int) -> Callable[[Any, Any], Any]:
-    """``step``, which moves the progress bar on."""
-    if bar is None:
-        return step
+def _told(f: Callable[[Any], Any], bar: Any, count: int) -> Callable[[Any, Any], Any]:
+    """``f`` as the step of a scan, which moves the progress bar on."""
 
-    def told(carry: Any, x: Any) -> Any:
-        output = step(carry, x)
-        bar.update(count)
-        return output
+    def step(carry: Any, x: Any) -> Any:
+        output = f(x)
+        if bar is not None:
+            bar.update(count)
+        return carry, output
 
-    return told
+    step.__name__ = function_name(f)
+    return step
 
 
 def _bar(total: int) -> Any:
@@ -269,8 +289,9 @@ def _count(value: Any, who: str, name: str, least: int = 0) -> int | None:
 
 def _bound(value: Any, name: str) -> int | torch.Tensor:
     """A bound as a Python int, if that is known and the same for all samples."""
-    if type(value) is int:
-        return value
+    known = integer(value)
+    if known is not None:
+        return known
     found = scalar(value, "fori_loop", name)
     if found.dtype is torch.bool or found.is_floating_point() or found.is_complex():
         raise InputTypeError(f"fori_loop: {name} must be an integer, but it is {shown(value)}.")
