@@ -3,16 +3,22 @@
     python benchmarks/per_example.py [--device cuda] [--quick] [--repeats N] [--only TEXT] [--json FILE]
 
 Contenders: Opacus (hooks, functorch mode, ghost clipping), BackPACK, torch.func, torch.compile of it, and JAX. All give the same
-numbers before they are timed. What a contender has no form of its own for is computed from its per-example gradients.
+numbers before they are timed. What a contender has no form of its own for is computed from its per-example gradients. On the CPU,
+then the memory: in a fresh process for each contender, by how much the peak of the resident memory grows in one call.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
+import json
 import statistics
+import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import contenders
@@ -232,6 +238,54 @@ def show(row: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def contenders_of(network: Network, quantity: str, x: torch.Tensor, y: torch.Tensor) -> dict[str, Callable[[], Call]]:
+    """Ours, the others and the ordinary backward pass."""
+    mine = {OURS: lambda: ours(network, quantity, x, y)}
+    return mine | others(network, quantity, x, y) | {FLOOR: lambda: backward(network, x, y)}
+
+
+def peak(number: int, quantity: str, batch: int, name: str) -> int:
+    """Bytes by which the peak of this process grows in one call."""
+    torch.manual_seed(0)
+    network = per_example_models.NETWORKS[number]()
+    x, y = torch.randn(batch, *network.shape), torch.randint(10, (batch,))
+    call = contenders_of(network, quantity, x, y)[name]()
+    call()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    before = _memory("VmHWM")
+    call()
+    return _memory("VmHWM") - before
+
+
+def _memory(what: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) * 1024
+
+
+def _in_fresh_process(*about: Any) -> float | None:
+    command = [sys.executable, __file__, "--peak", *map(str, about)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return float(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def peaks(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """By how much each contender's peak grows, as a multiple of the ordinary backward pass's."""
+    found = []
+    for number, make in enumerate(per_example_models.NETWORKS):
+        name = make().name
+        for quantity in QUANTITIES:
+            if options.only not in f"{name}, batch 256, {quantity}" or options.quick:
+                continue
+            names = [FLOOR, OURS, "Opacus hooks", "Opacus ghost", "torch.func", "torch.compile"]
+            sizes = {one: _in_fresh_process(number, quantity, 256, one) for one in names}
+            floor = max(sizes[FLOOR] or 0, 1)
+            row = {one: size / floor for one, size in sizes.items() if size is not None}
+            found.append({"work": f"{name}, batch 256", "quantity": quantity, "bytes": sizes, "times the backward pass": row})
+            print(f"peak, {name}, {quantity}: " + ", ".join(f"{one} {times:.2f}" for one, times in row.items()), flush=True)
+    return found
+
+
 def works(options: argparse.Namespace) -> Iterator[tuple[Network, str, int]]:
     """Every network with every batch size and quantity."""
     for make in per_example_models.NETWORKS:
@@ -244,7 +298,12 @@ def works(options: argparse.Namespace) -> Iterator[tuple[Network, str, int]]:
 
 
 def main() -> None:
-    """Measure everything that is asked for."""
+    """Measure everything that is asked for: times, then memory."""
+    warnings.filterwarnings("ignore", "Full backward hook")  # Opacus and BackPACK, each time
+    if sys.argv[1:2] == ["--peak"]:
+        torch.set_num_threads(1)
+        print(peak(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]))
+        return
     options = contenders.options(__doc__)
     contenders.keep_memory()
     rows = []
@@ -254,6 +313,10 @@ def main() -> None:
             rows.append(measured(network, quantity, batch, options))
             show(rows[-1])
     side_by_side.write(options.json, options.device, rows)
+    if options.device == "cpu":
+        memory = peaks(options)
+        if options.json is not None:
+            options.json.write_text(json.dumps(json.loads(options.json.read_text()) | {"memory": memory}, indent=1))
 
 
 if __name__ == "__main__":

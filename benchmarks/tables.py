@@ -68,6 +68,28 @@ def first_calls(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+LIBRARIES = ("torchbatch", "Opacus hooks", "Opacus functorch", "Opacus ghost", "BackPACK", "torch.func", "torch.compile", "JAX")
+
+
+def of_the_backward_pass(figures: dict[str, Any]) -> str:
+    """Times, and peaks of memory, as multiples of the ordinary backward pass's; the least is bold."""
+    lines = _head("", "", "backward pass", *LIBRARIES)
+    for row in figures["rows"]:
+        lines.append(_line(row["work"], row["quantity"], duration(row["seconds"]["backward"]), *_multiples(row)))
+    lines += ["", *_head("peak of memory", "", "backward pass", *LIBRARIES)]
+    for row in figures.get("memory", []):
+        size = f"{row['bytes']['backward'] / 1e6:.0f} MB"
+        lines.append(_line(row["work"], row["quantity"], size, *_multiples(row)))
+    return "\n".join(lines)
+
+
+def _multiples(row: dict[str, Any]) -> list[str]:
+    found = {name: row["times the backward pass"].get(name) for name in LIBRARIES}
+    least = min(times for times in found.values() if times is not None)
+    shown = {name: "" if times is None else f"{times:.2f}" for name, times in found.items()}
+    return [f"**{text}**" if found[name] == least else text for name, text in shown.items()]
+
+
 def memory(figures: dict[str, Any]) -> str:
     """Peaks of memory, if the file has any."""
     rows = figures.get("memory", [])
@@ -84,8 +106,12 @@ def main(files: list[str]) -> None:
     for name in files:
         figures = json.loads(Path(name).read_text())
         print(f"### {Path(name).stem.removeprefix('jit_').replace('_', ' ').capitalize()}\n")
-        show = first_calls if "contender" in figures["rows"][0] else table
-        print(show(figures) + memory(figures) + f"\n\nMeasured on: {figures['machine']}.\n")
+        first = figures["rows"][0]
+        if "times the backward pass" in first:
+            text = of_the_backward_pass(figures)
+        else:
+            text = (first_calls if "contender" in first else table)(figures) + memory(figures)
+        print(f"{text}\n\nMeasured on: {figures['machine']}.\n")
 
 
 if __name__ == "__main__":

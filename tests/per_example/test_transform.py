@@ -28,7 +28,8 @@ def model() -> nn.Module:
 
 def by_loop(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
     named = dict(model.named_parameters())
-    each = [torch.autograd.grad(F.cross_entropy(model(a[None]), b[None]), list(named.values())) for a, b in zip(x, y, strict=True)]
+    losses = [F.cross_entropy(model(a[None]), b[None]) for a, b in zip(x, y, strict=True)]
+    each = [torch.autograd.grad(value, list(named.values())) for value in losses]
     return {name: torch.stack(found) for name, found in zip(named, zip(*each, strict=True), strict=True)}
 
 
@@ -99,7 +100,7 @@ def test_out_of_memory_with_one_example_is_an_error(model: nn.Module, monkeypatc
         per_example.norms(model, F.cross_entropy, **EAGER)(x, y)
 
 
-def test_a_long_run_shows_its_progress(model: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_run_shows_its_progress(model: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     pytest.importorskip("tqdm")
     monkeypatch.setattr(memory, "_LONG", 0.0)
     monkeypatch.setattr(memory, "fitting", lambda *_: 2)
