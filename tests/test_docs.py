@@ -110,7 +110,7 @@ def test_pictures_are_those_that_the_script_draws():
     spec = importlib.util.spec_from_file_location("draw", folder / "draw.py")
     draw = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(draw)
-    measured = {"growth"}  # by benchmarks/jit_growth.py
+    measured = {"growth", "private_training", "hardest_examples"}  # by benchmarks/jit_growth.py and docs/pictures/tutorials.py
     assert {path.stem for path in folder.glob("*.svg")} - measured == set(draw.PICTURES)
     for name, picture in draw.PICTURES.items():
         assert (folder / f"{name}.svg").read_text(encoding="utf-8") == picture().svg(), f"run {folder / 'draw.py'}"

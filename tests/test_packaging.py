@@ -83,7 +83,7 @@ def test_the_metadata(headers):
     assert "Apache-2.0" in (headers["License-Expression"] or headers["License"])
     required = [line for line in headers.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(required) == ["numpy>=1.26", "optree>=0.13", "torch>=2.11"]
-    assert sorted(headers.get_all("Provides-Extra")) == ["all", "bench", "demo", "docs", "jax", "progress", "test"]
+    assert sorted(headers.get_all("Provides-Extra")) == ["all", "bench", "demo", "docs", "jax", "privacy", "progress", "test"]
 
 
 def test_the_extra_all_is_all_of_them(config):
@@ -131,7 +131,7 @@ def test_pyproject_holds_the_build_system_only():
 
 def test_every_environment_is_constrained_but_those_that_choose_their_own_torch(tox):
     names = {name.removeprefix("testenv:") for name in tox.sections() if name.startswith("testenv:")}
-    benchmarks, long = {"bench", "bench-jit", "bench-random"}, {"sweep", "jit", "random"}
+    benchmarks, long = {"bench", "bench-jit", "bench-per-example", "bench-random"}, {"sweep", "jit", "random"}
     assert names == {"tests", "lint", "docs", "demo", "torch-latest", "torch-oldest", *benchmarks, *long}
     assert tox["tox"]["env_list"] == "tests, lint, docs, demo, bench"
     assert tox["testenv"]["constraints"] == "{tox_root}{/}constraints.txt"

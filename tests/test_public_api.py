@@ -15,7 +15,7 @@ import pytest
 import torchbatch
 from torchbatch import errors
 
-PUBLIC = ["torchbatch", "torchbatch.tree", "torchbatch.testing", "torchbatch.lax", "torchbatch.random"]
+PUBLIC = ["torchbatch", "torchbatch.tree", "torchbatch.testing", "torchbatch.lax", "torchbatch.per_example", "torchbatch.random"]
 NAMES = [(module, name) for module in PUBLIC for name in importlib.import_module(module).__all__]
 THINGS = {f"{module}.{name}": getattr(importlib.import_module(module), name) for module, name in NAMES}
 CALLABLE = {name: thing for name, thing in THINGS.items() if isinstance(thing, types.FunctionType)}

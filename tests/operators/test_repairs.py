@@ -163,3 +163,16 @@ def test_index_fill_in_nested_maps() -> None:
     places = torch.tensor([[[0], [-1]], [[1], [2]]])
     result = vmap(vmap(lambda i: X[0].index_fill(0, i, 9.0)))(places)
     assert result.equal(torch.stack([torch.stack([X[0].index_fill(0, i, 9.0) for i in row]) for row in places]))
+
+
+def test_the_padding_row_of_a_table_of_each_sample_has_no_gradient():
+    tables = torch.ones(2, 4, 3, requires_grad=True)
+    words = torch.tensor([[0, 1], [3, 0]])
+
+    def read(table, words):
+        return torch.nn.functional.embedding(words, table, padding_idx=0).sum()
+
+    (found,) = torch.autograd.grad(vmap(read)(tables, words).sum(), tables)
+    expected = torch.zeros(2, 4, 3)
+    expected[0, 1] = expected[1, 3] = 1
+    assert torch.equal(found, expected)

@@ -44,7 +44,7 @@ class Lookup(NamedTuple):
 
     numbers: Node
     columns: Node
-    count: int  # the rows that there are
+    height: int  # the rows that there are
 
 
 class Convolution(NamedTuple):
@@ -87,7 +87,7 @@ def find(graph: Graph, gradient: Any) -> list[Term] | Made:
         return Made("it is a vector")
     with graph.inserting_before(graph.output_node()):
         try:
-            return _added_up(graph, _resolved(graph, gradient))
+            return _added_up(graph, _resolved(graph, gradient)) or Made("it is zero")
         except _Whole as reason:
             return Made(str(reason))
 
@@ -101,6 +101,8 @@ def _resolved(graph: Graph, node: Any) -> list[Term]:
 
 def _terms(graph: Graph, node: Node) -> list[_Placed]:
     target, args = node.target, node.args
+    if _is_zeros(node):
+        return []
     if target in _BLOCKS:
         return [_Placed(term, ()) for term in _BLOCKS[target](graph, node)]
     if target is _aten._to_copy.default and args and _widens(node):
@@ -232,6 +234,14 @@ def _index_put(graph: Graph, node: Node) -> Lookup:
     return Lookup(numbers, add(graph, _aten.reshape.default, values, [-1, width]), count)
 
 
+def _index_add(graph: Graph, node: Node) -> Lookup:
+    zeros, axis, numbers, values = node.args
+    if not _is_zeros(zeros) or axis != 0 or node.kwargs or len(shape(node)) != 2:
+        raise _Whole("it comes from index_add")
+    columns = add(graph, _aten.reshape.default, values, [-1, shape(node)[1]])
+    return Lookup(add(graph, _aten.reshape.default, numbers, [-1]), columns, shape(node)[0])
+
+
 def _is_zeros(node: Any) -> bool:
     return isinstance(node, Node) and node.target in (_aten.new_zeros.default, _aten.zeros.default, _aten.zeros_like.default)
 
@@ -243,6 +253,7 @@ _RULES: dict[Any, Callable[[Graph, Node], Term]] = {
     operator.getitem: _convolution,
     _aten.embedding_dense_backward.default: _embedding,
     _aten.index_put.default: _index_put,
+    _aten.index_add.default: _index_add,
 }
 
 
@@ -304,7 +315,7 @@ def _embedded(graph: Graph, term: Term, sizes: Sequence[int], axis: int, total: 
     axis = axis % len(sizes)
     end = start + (sizes[axis] - 1) * step + 1
     if isinstance(term, Lookup) and axis == 0 and step == 1:
-        return term._replace(numbers=add(graph, _aten.add.Tensor, term.numbers, start), count=total)
+        return term._replace(numbers=add(graph, _aten.add.Tensor, term.numbers, start), height=total)
 
     def within(factor: Node, at: int) -> Node:
         whole = list(shape(factor))
@@ -315,17 +326,18 @@ def _embedded(graph: Graph, term: Term, sizes: Sequence[int], axis: int, total: 
 
 
 def _slice_backward(graph: Graph, node: Node) -> list[Term]:
-    given, sizes, axis, start, _, step = node.args
-    axis, inner = int(axis) % len(sizes), shape(given)  # type: ignore[arg-type]
-    start = start + sizes[axis] if start < 0 else start  # type: ignore[index, operator]
-    return [_embedded(graph, term, inner, axis, sizes[axis], start, step) for term in _resolved(graph, given)]  # type: ignore[index, arg-type]
+    arguments: Any = node.args
+    given, sizes, axis, start, _, step = arguments
+    start = start + sizes[axis] if start < 0 else start
+    return [_embedded(graph, term, shape(given), axis, sizes[axis], start, step) for term in _resolved(graph, given)]
 
 
 def _select_backward(graph: Graph, node: Node) -> list[Term]:
-    given, sizes, axis, index = node.args
-    axis = int(axis) % len(sizes)  # type: ignore[arg-type]
-    inner = [*sizes[:axis], 1, *sizes[axis + 1 :]]  # type: ignore[index]
-    return [_embedded(graph, term, inner, axis, sizes[axis], index % sizes[axis]) for term in _resolved(graph, given)]  # type: ignore[index, operator]
+    arguments: Any = node.args
+    given, sizes, axis, index = arguments
+    axis %= len(sizes)
+    inner = [*sizes[:axis], 1, *sizes[axis + 1 :]]
+    return [_embedded(graph, term, inner, axis, sizes[axis], index % sizes[axis]) for term in _resolved(graph, given)]
 
 
 def _joined(graph: Graph, node: Node) -> list[Term]:
@@ -349,29 +361,31 @@ def _stacked(graph: Graph, node: Node) -> list[Term]:
 
 
 def _sliced(graph: Graph, node: Node) -> list[Term]:
-    given, axis, *rest = node.args
+    arguments: Any = node.args
+    given, axis, *rest = arguments
 
     def part(factor: Node, at: int) -> Node:
         return add(graph, _aten.slice.Tensor, factor, at, *rest)
 
-    return [_changed(graph, term, shape(given), int(axis), part) for term in _resolved(graph, given)]  # type: ignore[arg-type]
+    return [_changed(graph, term, shape(given), axis, part) for term in _resolved(graph, given)]
 
 
 def _selected(graph: Graph, node: Node) -> list[Term]:
-    given, axis, index = node.args
+    arguments: Any = node.args
+    given, axis, index = arguments
 
     def part(factor: Node, at: int) -> Node:
-        return add(graph, _aten.slice.Tensor, factor, at, index, index + 1 or None)  # type: ignore[operator]
+        return add(graph, _aten.slice.Tensor, factor, at, index, index + 1 or None)
 
-    return [_changed(graph, term, shape(given), int(axis), part) for term in _resolved(graph, given)]  # type: ignore[arg-type]
+    return [_changed(graph, term, shape(given), axis, part) for term in _resolved(graph, given)]
 
 
 def _summed(graph: Graph, node: Node) -> list[Term]:
     """A sum over all groups of a product is a product of longer factors; over rows or columns, of factors summed."""
-    given: Any = node.args[0]
-    sizes, axes = list(shape(given)), [int(axis) % len(shape(given)) for axis in node.args[1]]  # type: ignore[union-attr, arg-type]
-    terms = _resolved(graph, given)
-    for axis in axes:
+    arguments: Any = node.args
+    given, axes = arguments[:2]
+    sizes, terms = list(shape(given)), _resolved(graph, given)
+    for axis in [axis % len(sizes) for axis in axes]:
         if sizes[axis] != 1:
             terms = [_summed_along(graph, term, sizes, axis) for term in terms]
             sizes[axis] = 1
@@ -385,7 +399,8 @@ def _summed_along(graph: Graph, term: Term, sizes: Sequence[int], axis: int) -> 
         if axis < _bounds(sizes, groups, rows, columns)[0]:
             if sizes[axis] != groups:
                 raise _Whole("it is a sum over some of the groups of a product")
-            left = add(graph, _aten.reshape.default, add(graph, _aten.permute.default, term.rows, [1, 0, 2]), [1, rows, groups * places])
+            left = add(graph, _aten.permute.default, term.rows, [1, 0, 2])
+            left = add(graph, _aten.reshape.default, left, [1, rows, groups * places])
             return Product(left, add(graph, _aten.reshape.default, term.columns, [1, groups * places, columns]))
 
     def total(factor: Node, at: int) -> Node:
@@ -411,31 +426,42 @@ _BLOCKS: dict[Any, Callable[[Graph, Node], list[Term]]] = {
 def _in_order(graph: Graph, placed: _Placed, gradient: Node) -> Term:
     """The term with all that was done to it since done to its factors."""
     term, moves = placed
-    if not isinstance(term, Product):
-        sizes = shape(gradient)
-        if _strides(_sizes(term), moves) != _contiguous(sizes):
-            raise _Whole("its axes are moved after it is made")
+    if not moves:
         return term
-    groups, rows, inner = shape(term.rows)
-    columns = shape(term.columns)[2]
-    if _strides(_before(moves, (groups, rows, columns)), moves) == _contiguous(shape(gradient)):
-        return term
-    swapped = Product(*(add(graph, _aten.transpose.int, factor, 1, 2) for factor in (term.columns, term.rows)))
-    strides = _strides(_before(moves, (groups, rows, columns)), moves, transposed=(groups, rows, columns))
-    if strides != _contiguous(shape(gradient)):
+    axes = _strides(shape(moves[0].args[0]), moves)  # type: ignore[arg-type]
+    if axes is None or not (isinstance(term, Product) or axes == _contiguous(shape(gradient))):
         raise _Whole("its axes are moved after it is made")
-    return swapped
+    return _permuted(graph, term, axes) if isinstance(term, Product) else term
 
 
-def _sizes(term: Term) -> tuple[int, ...]:
-    if isinstance(term, Convolution):
-        return shape(term.weight)
-    lookup: Any = term
-    return lookup.count, shape(lookup.columns)[1]
+def _permuted(graph: Graph, term: Product, axes: list[tuple[int, int]]) -> Product:
+    """A product whose numbers are looked at as a tensor whose axes have these sizes and strides."""
+    groups, rows, _ = shape(term.rows)
+    columns = shape(term.columns)[2]
+    whole = [groups * rows * columns, rows * columns, columns, 1]
+    kinds = [next(kind for kind in range(3) if axis[1] >= whole[kind + 1]) for axis in axes]
+    parts = [[axis for axis, kind in zip(axes, kinds, strict=True) if kind == wanted] for wanted in range(3)]
+    in_order, swapped = sorted(kinds), sorted(kinds, key=[0, 2, 1].__getitem__)
+    fits = all(size * stride <= whole[kind] for (size, stride), kind in zip(axes, kinds, strict=True))
+    if kinds not in (in_order, swapped) or not fits:
+        raise _Whole("its axes are moved after it is made")
+    left = _reordered(graph, _reordered(graph, term.rows, 0, parts[0]), 1, parts[1])
+    right = _reordered(graph, _reordered(graph, term.columns, 0, parts[0]), 2, parts[2])
+    if kinds == in_order:
+        return Product(left, right)
+    return Product(*(add(graph, _aten.transpose.int, factor, 1, 2) for factor in (right, left)))
 
 
-def _before(moves: Sequence[Node], otherwise: tuple[int, ...]) -> tuple[int, ...]:
-    return shape(moves[0].args[0]) if moves else otherwise  # type: ignore[arg-type]
+def _reordered(graph: Graph, factor: Node, axis: int, parts: list[tuple[int, int]]) -> Node:
+    """A factor one axis of which consists of several, of sizes and strides, that come in another order."""
+    order = sorted(range(len(parts)), key=lambda i: -parts[i][1])
+    if order == list(range(len(parts))):
+        return factor
+    whole = shape(factor)
+    apart = add(graph, _aten.reshape.default, factor, [*whole[:axis], *[parts[i][0] for i in order], *whole[axis + 1 :]])
+    places = [axis + order.index(i) for i in range(len(parts))]
+    axes = [*range(axis), *places, *range(axis + len(parts), len(whole) + len(parts) - 1)]
+    return add(graph, _aten.reshape.default, add(graph, _aten.permute.default, apart, axes), list(whole))
 
 
 def _contiguous(sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -446,20 +472,9 @@ def _long(sizes: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]
     return [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
 
 
-def _strides(sizes: Sequence[int], moves: Sequence[Node], transposed: tuple[int, int, int] | None = None) -> Any:
-    """Where the numbers of a matrix are after it was moved about; of one that lies transposed, if ``transposed`` says so.
-
-    None if they cannot be moved without a copy.
-    """
-    if transposed is None:
-        numbers = torch.empty(tuple(sizes), device="meta")
-    else:
-        groups, rows, columns = transposed
-        numbers = torch.empty((groups, columns, rows), device="meta").transpose(1, 2)
-        try:
-            numbers = numbers.view(tuple(sizes))
-        except RuntimeError:
-            return None
+def _strides(sizes: Sequence[int], moves: Sequence[Node]) -> Any:
+    """Where the numbers of a tensor are after it was moved about; None if they cannot be moved without a copy."""
+    numbers = torch.empty(tuple(sizes), device="meta")
     for move in moves:
         target: Any = _aten.view.default if move.target in (_aten._unsafe_view.default, _aten.reshape.default) else move.target
         try:

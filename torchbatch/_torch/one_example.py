@@ -16,13 +16,19 @@ from torch.fx import Graph, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _disable_current_modes
 
+from torchbatch._torch.checkpoints import everything_kept
 from torchbatch._torch.factored import Made, Term, find
 from torchbatch._torch.programs import OPERATORS, Program, programs_in
 from torchbatch._torch.recurrent import step_by_step
 from torchbatch._torch.rewriting import add, shape, value
 from torchbatch._torch.staged import Staged, stage
+from torchbatch.errors import InPlaceError
 
 _aten = torch.ops.aten
+_WRITES = (
+    "per_example: the loss of one example writes in place into an input, a parameter or another tensor from outside (as "
+    "max_norm of an embedding does), and each example would have to see what the others wrote. Compute a new value instead."
+)
 _Instead = Callable[[Any], Callable[..., Any]]
 
 class Parts(NamedTuple):
@@ -65,10 +71,13 @@ def taken_apart(
     """
 
     def stepwise(*values: torch.Tensor) -> Sequence[torch.Tensor]:
-        with step_by_step():
+        with step_by_step(), everything_kept():
             return body(*values)
 
-    staged = _without_fused_draws(stepwise, inputs)
+    try:
+        staged = _without_fused_draws(stepwise, inputs)
+    except InPlaceError as error:
+        raise InPlaceError(_WRITES if str(error).startswith("jit: the body") else str(error)) from error
     module = staged.body.graph
     graph = module.graph
     drawn = _draw_from_key(graph, graph.find_nodes(op="placeholder")[len(inputs) - 1], draws)

@@ -345,6 +345,22 @@ def pdist(_: Original, x: Tensor, p: float = 2.0) -> Tensor:
     return torch.linalg.vector_norm(x[first] - x[second], p, dim=-1)
 
 
+@repair("embedding")
+def embedding(
+    original: Original,
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    by_frequency: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """PyTorch's rule for a table of each sample's own forgets that the row ``padding_idx`` has no gradient."""
+    if padding_idx < 0 or not varies(weight):
+        return original(weight, indices, padding_idx, by_frequency, sparse)
+    found = original(weight, indices, -1, by_frequency, sparse)
+    return torch.where((indices == padding_idx).unsqueeze(-1), found.detach(), found)
+
+
 @repair("embedding_bag", "embedding_bag.padding_idx")
 def embedding_bag(
     _: Original,

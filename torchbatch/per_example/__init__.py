@@ -1,5 +1,6 @@
 """Per-example gradients for training loops: what a backward pass would give for each example, and what follows from that."""
 
+from torchbatch.per_example.care import replace_batch_norm
 from torchbatch.per_example.directions import cosine, dot, gram, project
 from torchbatch.per_example.gradients import gradients, norms
 from torchbatch.per_example.moments import fisher_diag, noise_scale, variance
@@ -25,6 +26,7 @@ __all__ = [
     "norms",
     "poisson_batches",
     "project",
+    "replace_batch_norm",
     "sum",
     "variance",
 ]

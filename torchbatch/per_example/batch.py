@@ -15,8 +15,7 @@ from torchbatch.core.describe import shown
 from torchbatch.errors import AxisError, GradientTypeError, InputTypeError
 from torchbatch.per_example import draws, loops
 from torchbatch.per_example.factors import Gradients
-from torchbatch.per_example.losses import FunctionLoss, ModuleLoss
-from torchbatch.per_example.stand_ins import StandIns
+from torchbatch.per_example.losses import FunctionLoss, ModuleLoss, said
 from torchbatch.transforms.vmap import vmap
 
 
@@ -59,7 +58,8 @@ def size_of(batch: Any, who: str) -> int:
         AxisError: there is nothing that says it, or two leaves say different things.
     """
     sizes: dict[str, int] = {}
-    for name, leaf in zip(tree.paths(batch, "batch"), tree.flatten(batch)[0], strict=True):
+    for path, leaf in zip(tree.paths(batch, "batch"), tree.flatten(batch)[0], strict=True):
+        name = path.removeprefix("batch.")
         if not isinstance(leaf, Tensor):
             raise InputTypeError(f"{who}: {name} is {shown(leaf)}, which is no tensor. Give an adapter that makes tensors of it.")
         if not leaf.dim():
@@ -100,12 +100,11 @@ class Batch:
 
     def loss(self, leaves: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
         """The loss of one example."""
-        with StandIns():
-            value: Tensor = self._loss(self._structure.unflatten(leaves), self._examples.unflatten(values))
+        value: Tensor = self._loss(self._structure.unflatten(leaves), self._examples.unflatten(values))
         if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
             raise GradientTypeError(
                 f"{self._loss.__name__} must return the loss of one example, a floating-point number, but it returned "
-                f"{shown(value)}."
+                f"{said(value)}."
             )
         return value
 
@@ -172,7 +171,8 @@ class Batch:
             return [value, *torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)]
 
         with torch.enable_grad():
-            return self._loss.within(self._structure.unflatten(leaves), found)
+            results: list[Tensor] = self._loss.within(self._structure.unflatten(leaves), found)
+            return results
 
     def _differentiated(self, values: Sequence[Tensor]) -> list[Tensor]:
         """The loss of one example, and its gradients."""

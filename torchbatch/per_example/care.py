@@ -1,4 +1,4 @@
-"""Modules for which the gradient of one example is not plainly defined: those that normalise over the batch, or keep statistics."""
+"""Modules for which the gradient of one example is not plainly defined: they normalise over the batch, or keep statistics."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchbatch.core.describe import shown
 from torchbatch.errors import AxisError, AxisSpecError, GradientTypeError, InPlaceError
@@ -35,8 +34,12 @@ def check_examples_apart(model: nn.Module, who: str) -> None:
 
     Raises:
         AxisError: a layer normalises over the batch, or keeps statistics of it.
-        GradientTypeError: a parameter has no shape yet.
+        GradientTypeError: a parameter has no shape yet, or the module is made of copies of another one.
     """
+    for layer in model.modules():
+        if isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            kind = type(layer).__name__
+            raise GradientTypeError(f"{who}: a {kind} copies its module as it runs. Give its attribute .module instead.")
     for name, value in model.named_parameters():
         if nn.parameter.is_lazy(value):
             raise GradientTypeError(f"{who}: the parameter {name} has no shape yet. Call the module once on a batch before.")
@@ -68,18 +71,13 @@ class Buffers:
 
     Args:
         model: the module.
-        example: tensors that differ from example to example.
-        batch_norm: the option.
+        batch_norm: the option; with it, layers that take statistics may count how often they did.
     """
 
-    def __init__(self, model: nn.Module, example: list[Tensor], batch_norm: BatchNorm) -> None:
+    def __init__(self, model: nn.Module, batch_norm: BatchNorm) -> None:
         self._model = model
         self._own = set(_statistics(model)) if batch_norm else set()
-        zero = sum((torch.zeros_like(leaf).sum() for leaf in example), torch.zeros(())) if self._own else torch.zeros(())
-        self.values = {
-            name: value + zero.to(value.device, value.dtype) if name in self._own else value.clone()
-            for name, value in model.named_buffers()
-        }
+        self.values = {name: value.clone() for name, value in model.named_buffers()}
         self._versions = {name: value._version for name, value in self.values.items()}
 
     def check_not_written(self, who: str) -> None:
@@ -92,9 +90,9 @@ class Buffers:
             if name not in self._own and value._version != self._versions[name]:
                 layer = self._model.get_submodule(name.rpartition(".")[0])
                 raise InPlaceError(
-                    f"{who}: the buffer {name} of {type(layer).__name__} is written to in the forward pass, and each example would "
-                    f"have to see what the others wrote. Put that module into eval mode, if it then leaves the buffer alone, or "
-                    f"write to it outside of the forward pass."
+                    f"{who}: the buffer {name} of {type(layer).__name__} is written to in the forward pass, and each example "
+                    f"would have to see what the others wrote. Put that module into eval mode, if it then leaves the buffer "
+                    f"alone, or write to it outside of the forward pass."
                 )
 
 
@@ -133,7 +131,8 @@ def replace_batch_norm(model: nn.Module, *, groups: int = 32) -> nn.Module:
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
         raise AxisSpecError(f"replace_batch_norm: groups must be a positive int, but it is {shown(groups)}.")
     model = copy.deepcopy(model)
-    made = {id(layer): _group_norm(layer, name, groups) for name, layer in model.named_modules() if isinstance(layer, _OVER_BATCH)}
+    found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _OVER_BATCH)]
+    made = {id(layer): _group_norm(layer, name, groups) for name, layer in found}
     for layer in list(model.modules()):
         for name, child in layer.named_children():
             if id(child) in made:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from torchbatch.per_example import draws
 from torchbatch.per_example.batch import Params, size_of
 from torchbatch.per_example.quantities import Along, Inner, Projected
 from torchbatch.per_example.transform import Chunk, Options, PerExample
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def dot(model: Any, criterion: Any = None, *, v: Any, **options: Unpack[Options]) -> PerExample:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from torchbatch._torch.factored import Convolution, Lookup, Made, Product
 from torchbatch._torch.one_example import Parts
@@ -55,21 +56,27 @@ class Gradients:
             flat = self.flat()
             self._kept = flat if self._is_small(flat) else None
             return _squares(flat)
-        return sum(_inner(a, b) * (1 if i == j else 2) for i, a in enumerate(terms) for j, b in enumerate(terms) if i <= j)
+        products = [term.product() for term in terms]
+        pairs = [(a, b, 1 if i == j else 2) for i, a in enumerate(products) for j, b in enumerate(products) if i <= j]
+        return torch.stack([_inner(a, b) * times for a, b, times in pairs]).sum(0)
 
     def weighted(self, weights: Tensor) -> Tensor:
         """The sum over the examples, each times its weight; ``[*shape]``."""
         flat = self._kept if self._terms else self.flat()
         if flat is not None:
             return (weights.to(flat.dtype) @ flat).reshape(self.shape)
-        found = [term.weighted(weights) for term in self._terms]
-        return sum(found[1:], found[0]).reshape(self.shape)
+        total: Tensor = self._terms[0].weighted(weights)
+        for term in self._terms[1:]:
+            total = total + term.weighted(weights)
+        return total.reshape(self.shape)
 
     def weighted_squares(self, weights: Tensor) -> Tensor:
         """The sum over the examples of the squares, number by number, each times its weight; ``[*shape]``."""
+        term: Any = self._terms[0] if len(self._terms) == 1 else None
         if self._is_plain():
-            term = self._terms[0]
             return _Products(_squared(term.rows), _squared(term.columns)).weighted(weights).reshape(self.shape)
+        if isinstance(term, _Lookups):
+            return term.merged_squares().weighted(weights).reshape(self.shape)
         flat = _squared(self.flat())
         return (weights.to(flat.dtype) @ flat).reshape(self.shape)
 
@@ -79,19 +86,17 @@ class Gradients:
 
     def projected(self, matrix: Tensor) -> Tensor:
         """The inner products with ``matrix[k, *shape]``, ``[B, k]``."""
-        if self._is_plain():
-            rows, columns = self._terms[0].rows[:, 0, :, 0], self._terms[0].columns[:, 0, 0]
-            height, width = rows.shape[1], columns.shape[1]
-            by_columns = columns @ matrix.reshape(-1, width).T  # [B, k * m]
-            return (by_columns.reshape(self.count, -1, height) @ rows[:, :, None])[:, :, 0]
+        term = self._terms[0] if len(self._terms) == 1 else None
+        if isinstance(term, _Lookups) or (isinstance(term, _Products) and term.places * len(matrix) <= term.sizes[1]):
+            return term.projected(matrix)
         return self.flat() @ matrix.reshape(len(matrix), self.shape.numel()).T
 
     def against(self, other: Gradients) -> Tensor:
         """The inner products with those of another batch, ``[B, C]``."""
-        if self._is_plain() and other._is_plain():
+        if len(self._terms) == len(other._terms) == 1:
             mine, theirs = self._terms[0], other._terms[0]
-            rows = mine.rows.flatten(1) @ theirs.rows.flatten(1).conj().T
-            return rows * (mine.columns.flatten(1) @ theirs.columns.flatten(1).conj().T)
+            if isinstance(mine, _Products | _Lookups) and mine.places * theirs.places * other.count <= self.shape.numel():
+                return _across(mine, theirs)
         return self.flat() @ other.flat().conj().T
 
     def _is_plain(self) -> bool:
@@ -111,22 +116,22 @@ class Gradients:
 
     def _is_worth(self, term: Any, other: Any) -> bool:
         """Whether the inner products of factors cost less than the gradient."""
-        if self.dtype.is_complex or isinstance(term, _Convolutions) or isinstance(other, _Convolutions):
+        if self.dtype.is_complex:
             return False
-        rows, columns = term.sizes[1:]
-        both = term.places * other.places * ((0 if term.is_lookup or other.is_lookup else rows) + columns)
-        made = (term.places + other.places) / 2 * (0 if term.is_lookup else rows) * columns + rows * columns
+        _, rows, columns = term.sizes
+        both: int = term.places * other.places * ((0 if term.is_lookup or other.is_lookup else rows) + columns)
+        made: int = (term.places + other.places) * (0 if term.is_lookup else rows) * columns // 2 + rows * columns
         return both < made
 
     def _is_small(self, flat: Tensor) -> bool:
         """Whether gradients that were made are worth keeping: where they have not many more numbers than their factors."""
-        return 0 < flat.shape[1] <= _KEPT * sum(term.entries() for term in self._terms)
+        entries: int = sum(term.entries() for term in self._terms)
+        return 0 < flat.shape[1] <= _KEPT * entries
 
     def made_whole(self) -> Tensor:
         """The gradients, in whatever shape they are made."""
-        if len(self._terms) == 1 and isinstance(self._terms[0], _Products):
-            return self._terms[0].whole()
-        return self.whole
+        term = self._terms[0] if len(self._terms) == 1 else None
+        return term.whole() if isinstance(term, _Products) else self.whole
 
 
 def _squares(flat: Tensor) -> Tensor:
@@ -157,9 +162,18 @@ class _Products:
         """How many numbers the factors of one example have."""
         return self.rows[0].numel() + self.columns[0].numel()
 
+    def product(self) -> _Products:
+        """The form that inner products need."""
+        return self
+
     def whole(self) -> Tensor:
         """``[B, g, m, n]``."""
         return self.rows @ self.columns
+
+    def projected(self, matrix: Tensor) -> Tensor:
+        """The inner products with ``matrix[k, g * m * n]``, ``[B, k]``."""
+        by_rows = torch.einsum("bgmt,kgmn->bgktn", self.rows, matrix.reshape(-1, *self.sizes))
+        return torch.einsum("bgktn,bgtn->bk", by_rows, self.columns)
 
     def weighted(self, weights: Tensor) -> Tensor:
         rows, columns = self.rows, self.columns
@@ -185,6 +199,22 @@ class _Lookups:
         """How many numbers the factors of one example have."""
         return self.columns[0].numel()
 
+    def product(self) -> _Lookups:
+        """The form that inner products need."""
+        return self
+
+    def projected(self, matrix: Tensor) -> Tensor:
+        """The inner products with ``matrix[k, count * n]``, ``[B, k]``."""
+        picked = matrix.reshape(-1, *self.sizes[1:])[:, self.numbers]  # [k, B, t, n]
+        return torch.einsum("kbtn,btn->bk", picked, self.columns[:, 0])
+
+    def merged_squares(self) -> _Lookups:
+        """The squares of the numbers, where what is added up in one row is added up before."""
+        same = self.numbers[:, :, None] == self.numbers[:, None, :]
+        is_first = ~same.tril(-1).any(2)
+        merged = same.to(self.columns.dtype) @ self.columns[:, 0]
+        return _Lookups(self.numbers, _squared(merged * is_first[..., None]), self.count)
+
     def weighted(self, weights: Tensor) -> Tensor:
         scaled = self.columns[:, 0] * weights.to(self.columns.dtype)[:, None, None]
         zeros = scaled.new_zeros(self.count, self.sizes[2])
@@ -198,10 +228,29 @@ class _Convolutions:
 
     def __init__(self, cotangent: Tensor, given: Tensor, weight: Tensor, settings: tuple[Any, ...]) -> None:
         self._cotangent, self._given, self._weight, self._settings = cotangent, given, weight, settings
+        self._fixed, self._moved = (given, cotangent) if settings[3] else (cotangent, given)
+        groups = settings[5]
+        self.places: int = self._fixed[0].numel() // max(self._fixed.shape[2], 1)
+        self.sizes = groups, weight.shape[1] // groups, weight[0, 0].numel()
 
     def entries(self) -> int:
         """How many numbers the factors of one example have."""
         return self._cotangent[0].numel() + self._given[0].numel()
+
+    def product(self) -> _Products:
+        """The same as a product, with a column for each place and each number that the weight meets there."""
+        count, groups = len(self._fixed), self.sizes[0]
+        stride, padding, dilation = self._settings[:3]
+        axes = self._fixed.dim() - 3
+        patches = functional.pad(self._moved, [each for size in reversed(padding) for each in (size, size)])
+        for axis in range(axes):
+            length = (self._weight.shape[3 + axis] - 1) * dilation[axis] + 1
+            patches = patches.unfold(3 + axis, length, stride[axis]).narrow(3 + axis, 0, self._fixed.shape[3 + axis])
+            patches = patches[..., :: dilation[axis]]
+        ahead = _in_groups(patches, groups).movedim((2, 1), (1, 2))  # [B, g, b, c, *places, *kernel]
+        columns = ahead.movedim(3, 3 + axes).reshape(count, groups, self.places, self.sizes[2])
+        rows = _in_groups(self._fixed, groups).movedim((2, 3), (1, 2))  # [B, g, o, b, *places]
+        return _Products(rows.reshape(count, *self.sizes[:2], self.places), columns)
 
     def weighted(self, weights: Tensor) -> Tensor:
         cotangent = self._cotangent * weights.to(self._cotangent.dtype).reshape(-1, *[1] * (self._cotangent.dim() - 1))
@@ -212,6 +261,11 @@ class _Convolutions:
         return weight
 
 
+def _in_groups(values: Tensor, groups: int) -> Tensor:
+    """``[B, b, g * c, …]`` as ``[B, b, g, c, …]``."""
+    return values.reshape(*values.shape[:2], groups, values.shape[2] // groups, *values.shape[3:])
+
+
 _CLASSES = {Product: _Products, Lookup: _Lookups, Convolution: _Convolutions}
 
 
@@ -219,20 +273,33 @@ def _inner(a: Any, b: Any) -> Tensor:
     """The inner products of two terms of the same gradients, ``[B]``, from their factors."""
     kind = wide(a.columns.dtype)
     if a.places == 1 and b is a and not a.is_lookup:
-        rows, columns = a.rows[..., 0].to(kind), a.columns[:, :, 0].to(kind)
-        return (rows.square().sum(2) * columns.square().sum(2)).sum(1)
+        found: Tensor = (a.rows[..., 0].to(kind).square().sum(2) * a.columns[:, :, 0].to(kind).square().sum(2)).sum(1)
+        return found
     if a.is_lookup and not b.is_lookup:
         a, b = b, a
-    columns = a.columns.to(kind) @ b.columns.to(kind).transpose(2, 3)
+    columns: Tensor = a.columns.to(kind) @ b.columns.to(kind).transpose(2, 3)
     return (_rows_inner(a, b, kind) * columns).flatten(1).sum(1)
 
 
 def _rows_inner(a: Any, b: Any, kind: torch.dtype) -> Tensor:
     """``[B, g, t, s]``, the inner products of the rows of two terms."""
+    found: Tensor
     if a.is_lookup:
-        return (a.numbers[:, :, None] == b.numbers[:, None, :]).to(kind)[:, None]
-    if b.is_lookup:
+        found = (a.numbers[:, :, None] == b.numbers[:, None, :]).to(kind)[:, None]
+    elif b.is_lookup:
         picked = b.numbers[:, None, :, None].expand(-1, a.rows.shape[1], -1, a.places)
-        return a.rows.to(kind).gather(2, picked).transpose(2, 3)
-    return a.rows.to(kind).transpose(2, 3) @ b.rows.to(kind)
+        found = a.rows.to(kind).gather(2, picked).transpose(2, 3)
+    else:
+        found = a.rows.to(kind).transpose(2, 3) @ b.rows.to(kind)
+    return found
 
+
+def _across(a: Any, b: Any) -> Tensor:
+    """The inner products of the gradients of two batches, ``[B, C]``, from their factors."""
+    columns: Tensor = torch.einsum("bgtn,cgsn->gbtcs", a.columns, b.columns.conj())
+    if a.is_lookup:
+        rows = (a.numbers[:, :, None, None] == b.numbers).to(columns.dtype)[None]
+    else:
+        rows = torch.einsum("bgmt,cgms->gbtcs", a.rows, b.rows.conj())
+    found: Tensor = (rows * columns).sum((0, 2, 4))
+    return found

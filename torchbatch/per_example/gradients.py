@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from typing_extensions import Unpack
 
 from torchbatch.per_example.quantities import Norms, Whole
 from torchbatch.per_example.transform import Options, PerExample
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def gradients(model: Any, criterion: Any = None, **options: Unpack[Options]) -> PerExample:
@@ -33,6 +32,10 @@ def gradients(model: Any, criterion: Any = None, **options: Unpack[Options]) -> 
               is not said.
             - ``adapter``: a function that makes ``(inputs, targets)`` of the arguments of a call, as a data loader gives them.
               Inputs are a tensor, a tuple, or a dict of keyword arguments; targets are a tensor, a tuple or None.
+            - ``batch_norm``: layers that take statistics over the batch (BatchNorm in training mode) are refused, unless it is
+              ``"per_example"``: then each example is normalised by the mean and the variance of its own places, as the module
+              does with a batch of one. Running statistics are neither read nor written. Other ways out are eval mode, and
+              :func:`~torchbatch.per_example.replace_batch_norm`.
             - ``chunk_size``: how many examples are worked on at a time; all, if it is None; ``"auto"`` finds out
               how many fit into the memory, and shows a progress bar where it takes long. If memory runs out all the same, it
               is tried again with half as many. What is added up is added up chunk by chunk.

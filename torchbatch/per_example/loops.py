@@ -68,7 +68,8 @@ def _scan(program: Scan) -> Run:
             found = body([*carry, *xs, *rest])
             return found[:count], found[count:]
 
-        carry, stacks = staging.scan(step, values[:count], values[count : count + program.sliced], program.length, program.reverse)
+        xs = values[count : count + program.sliced]
+        carry, stacks = staging.scan(step, values[:count], xs, program.length, program.reverse)
         return [*carry, *stacks]
 
     return scan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torchbatch.core import tree
 from torchbatch.core.describe import describe, function_name, shown
 from torchbatch.errors import AxisSpecError, GradientTypeError, InputTypeError
 from torchbatch.per_example.care import BatchNorm, Buffers, check_examples_apart, checked
+from torchbatch.per_example.stand_ins import StandIns
 
 Adapter = Callable[..., tuple[Any, Any]]
 
@@ -43,7 +44,16 @@ class FunctionLoss:
         return run()
 
     def __call__(self, params: Any, example: Any) -> Any:
-        return self.fun(params, *example)
+        with StandIns():
+            return self.fun(params, *example)
+
+
+class Examples(NamedTuple):
+    """A batch for a module, or one example of it."""
+
+    inputs: tuple[Any, ...]
+    keywords: dict[str, Any]
+    targets: tuple[Any, ...]
 
 
 class ModuleLoss:
@@ -51,7 +61,8 @@ class ModuleLoss:
 
     Args:
         model: the module; it stays what it is.
-        criterion: a function of the output and the targets, or None if the output is the loss or has it as ``.loss``.
+        criterion: a function of the output and the targets, or None if the output is the loss or has it as ``.loss`` or
+            ``["loss"]``.
         targets: how many of a call's last arguments are targets.
         adapter: makes ``(inputs, targets)`` of a call's arguments.
         batch_norm: None, or ``"per_example"``: layers that take statistics over the batch take those of the example.
@@ -95,7 +106,7 @@ class ModuleLoss:
                 )
             inputs, targets = args[: len(args) - count], args[len(args) - count :]
         positional, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else (_as_tuple(inputs), {})
-        return positional, named, () if targets is None else _as_tuple(targets)
+        return Examples(positional, named, () if targets is None else _as_tuple(targets))
 
     def check(self, who: str) -> None:
         """Refuse a module that mixes the examples of a batch."""
@@ -109,13 +120,16 @@ class ModuleLoss:
 
     def __call__(self, params: dict[str, torch.Tensor], example: Any) -> Any:
         leaves, structure = tree.flatten(example)
-        positional, named, targets = structure.unflatten([_batch_of_one(leaf) for leaf in leaves])
-        buffers = Buffers(self.model, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], self._batch_norm)
-        output = torch.func.functional_call(self.model, {**params, **buffers.values}, positional, named)
-        buffers.check_not_written(self.__name__)
-        if self.criterion is not None:
-            return _one_number(self.criterion(output, *targets), "the criterion returned")
-        return _one_number(getattr(output, "loss", output), f"without a criterion, the output of {self.__name__} is")
+        found: Any = structure.unflatten([_batch_of_one(leaf) for leaf in leaves])
+        positional, named, targets = found
+        buffers = Buffers(self.model, self._batch_norm)
+        with StandIns(self._batch_norm is not None):
+            output = torch.func.functional_call(self.model, {**params, **buffers.values}, positional, named)
+            buffers.check_not_written(self.__name__)
+            if self.criterion is not None:
+                return _one_number(self.criterion(output, *targets), "the criterion returned")
+        output = output["loss"] if isinstance(output, Mapping) and "loss" in output else getattr(output, "loss", output)
+        return _one_number(output, f"without a criterion, the output of {self.__name__} is")
 
 
 class _Around(nn.Module):
@@ -137,9 +151,18 @@ def _batch_of_one(leaf: Any) -> Any:
     return leaf[None] if isinstance(leaf, torch.Tensor) else leaf
 
 
+def said(value: Any) -> str:
+    """What a message says of a result, which has no numbers yet."""
+    if isinstance(value, torch.Tensor):
+        return describe(value)
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {', '.join(map(repr, value))}"
+    return f"a {type(value).__name__} of {len(value)} values" if isinstance(value, tuple | list) else shown(value)
+
+
 def _one_number(value: Any, what: str) -> Any:
     if not isinstance(value, torch.Tensor):
-        raise GradientTypeError(f"per-example gradients need the loss of one example, a number, but {what} {shown(value)}.")
+        raise GradientTypeError(f"per-example gradients need the loss of one example, a number, but {what} {said(value)}.")
     if value.numel() != 1:
         raise GradientTypeError(
             f"per-example gradients need the loss of one example, a number, but for a batch of one {what} {describe(value)}. "
@@ -159,15 +182,19 @@ def loss_of(
     """
     if isinstance(model, nn.Module):
         if criterion is not None and not callable(criterion):
-            raise AxisSpecError(f"{who}: criterion must be a function of the output and the targets, but it is {shown(criterion)}.")
+            raise AxisSpecError(
+                f"{who}: criterion must be a function of the output and the targets, but it is {shown(criterion)}."
+            )
         if isinstance(targets, bool) or not isinstance(targets, int) or targets < 0:
             raise AxisSpecError(f"{who}: targets counts the arguments that are targets, but it is {shown(targets)}.")
         return ModuleLoss(model, criterion, targets, adapter, checked(batch_norm, who))
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise InputTypeError(f"{who} takes a module, but {model.__name__} is a class of modules. Make one: {model.__name__}(…).")
     if not callable(model):
         raise InputTypeError(f"{who} takes a function loss(params, *example) or a module, but it got {shown(model)}.")
     if criterion is not None or adapter is not None or batch_norm is not None:
         raise AxisSpecError(
-            f"{who}: criterion, adapter and batch_norm go with a module, but {function_name(model)} is a function, which returns the loss "
-            f"of one example itself."
+            f"{who}: criterion, adapter and batch_norm go with a module, but {function_name(model)} is a function, which returns "
+            f"the loss of one example itself."
         )
     return FunctionLoss(model)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from typing_extensions import Unpack
 
 from torchbatch.core.describe import shown
 from torchbatch.errors import AxisSpecError
 from torchbatch.per_example.quantities import MeanSquares, Moments, NoiseScale
 from torchbatch.per_example.transform import Options, PerExample
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def variance(model: Any, criterion: Any = None, *, correction: int = 1, **options: Unpack[Options]) -> PerExample:

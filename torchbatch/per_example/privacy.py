@@ -7,10 +7,11 @@ import importlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from torchbatch.core import tree
 from torchbatch.core.describe import shown
@@ -19,9 +20,6 @@ from torchbatch.per_example.batch import size_of
 from torchbatch.per_example.sums import clipped_sum
 from torchbatch.per_example.training import accumulate_
 from torchbatch.per_example.transform import Options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 # --- a step ----------------------------------------------------------------------------------------------------------
 
@@ -64,7 +62,8 @@ def dp_sgd_step(
             and compiled anew.
 
     Returns:
-        A function of a batch that makes a step.
+        A function of a batch that makes a step, and returns nothing. Its attribute ``clipped_sum`` is the function of a batch
+        that comes before the noise, and ``std`` the standard deviation of that.
 
     Raises:
         AxisSpecError: an option is not as described.
@@ -267,8 +266,11 @@ def epsilon(
         sample_rate: the probability with which an example is in a batch, as for :func:`poisson_batches`.
         steps: how many steps there are.
         delta: δ, the probability with which ε may not hold; well below 1 by the size of the data set.
-        accountant: ``"prv"`` adds up privacy loss random variables numerically, with an error of at most 0.01, which is added;
-            ``"rdp"`` bounds Rényi divergences, which takes no time and gives a greater ε.
+        accountant: ``"prv"`` adds up privacy losses numerically, with an error of about 0.01, which is added; ``"rdp"`` bounds
+            Rényi divergences, which takes no time and gives a greater ε.
+
+    Returns:
+        ε, rather too large than too small.
 
     Raises:
         AxisSpecError: an argument is not as described.

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from torchbatch._torch.recurrent import STEPWISE
+from torchbatch.errors import AxisError
+
 
 class StandIns(TorchFunctionMode):
-    """While it is active, embeddings have dense gradients, and bags are made of embeddings."""
+    """While it is active, embeddings have dense gradients, bags are made of embeddings, and recurrent networks of steps.
+
+    Args:
+        own_statistics: whether layers that take statistics over a batch, which has one example, leave running ones alone.
+    """
+
+    def __init__(self, own_statistics: bool = False) -> None:
+        super().__init__()
+        self._instead = {**_INSTEAD, **_OWN_STATISTICS} if own_statistics else _INSTEAD
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        instead = _INSTEAD.get(func)
+        instead = self._instead.get(func)
         return func(*args, **(kwargs or {})) if instead is None else instead(*args, **(kwargs or {}))
 
 
@@ -57,4 +70,50 @@ def _bag(
     return total if mode == "sum" else total / kept.sum(1).clamp(min=1)
 
 
-_INSTEAD: dict[Any, Any] = {functional.embedding: _embedding, functional.embedding_bag: _bag}
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not training:
+        return functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _normalised(x, [0, *range(2, x.dim())], weight, bias, eps)
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return functional.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return _normalised(x, list(range(2, x.dim())), weight, bias, eps)
+
+
+def _normalised(x: Tensor, axes: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    if math.prod(x.shape[axis] for axis in axes) < 2:
+        raise AxisError(
+            f"per_example: with batch_norm=\"per_example\" an example is normalised by statistics of its own, but a layer sees "
+            f"a single number for each channel of it, as the shape {tuple(x.shape)} has, with a batch of one. Replace that layer "
+            f"(per_example.replace_batch_norm), or put it into eval mode."
+        )
+    wide = x.float() if x.dtype.itemsize < 4 else x
+    var, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
+    found = (wide - mean) * torch.rsqrt(var + eps)
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    found = found if weight is None else found * weight.reshape(shape)
+    return (found if bias is None else found + bias.reshape(shape)).to(x.dtype)
+
+
+_OWN_STATISTICS: dict[Any, Any] = {functional.batch_norm: _batch_norm, functional.instance_norm: _instance_norm}
+_INSTEAD: dict[Any, Any] = {functional.embedding: _embedding, functional.embedding_bag: _bag, **STEPWISE}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from typing_extensions import Unpack
 
 from torchbatch.per_example.quantities import Clip, Sums
 from torchbatch.per_example.transform import Options, PerExample
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def sum(model: Any, criterion: Any = None, **options: Unpack[Options]) -> PerExample:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from torchbatch.core import tree
 from torchbatch.core.describe import describe, shown
 from torchbatch.errors import AxisError, AxisSpecError, GradientTypeError, GradientValueError, InputTypeError, OutputTypeError
+from torchbatch.per_example.care import BatchNorm, Buffers, check_examples_apart, checked
+from torchbatch.per_example.stand_ins import StandIns
 from torchbatch.transforms.vmap import vmap
 
 # --- gradients by name, into .grad -----------------------------------------------------------------------------------
@@ -136,7 +141,7 @@ def _check_gradient(name: str, value: Any, parameter: nn.Parameter) -> None:
 
 
 @contextlib.contextmanager
-def grad_samples(model: nn.Module, reduction: str = "mean") -> Iterator[nn.Module]:
+def grad_samples(model: nn.Module, reduction: str = "mean", *, batch_norm: BatchNorm = None) -> Iterator[nn.Module]:
     """A context in which an ordinary backward pass leaves per-example gradients in ``param.grad_sample``, and ``.grad`` too.
 
     For those who come from Opacus, whose ``GradSampleModule`` this stands for; there is no list of layers. In the context the
@@ -158,15 +163,17 @@ def grad_samples(model: nn.Module, reduction: str = "mean") -> Iterator[nn.Modul
             tensor, are the same for all examples), and so do the outputs.
         reduction: what the loss makes of those of the examples, ``"mean"`` or ``"sum"``. With ``"mean"`` the gradients of the
             mean are multiplied by B, so that they are those of each example's own loss.
+        batch_norm: as for :func:`~torchbatch.per_example.gradients`.
 
     Yields:
         The model.
 
     Raises:
-        AxisSpecError: ``reduction`` is neither, or the model is in such a context already.
+        AxisSpecError: an option is not as described, or the model is in such a context already.
         GradientTypeError: no parameter is trained.
-        AxisError: the model's inputs have not as many examples each, an output has no axis of examples, or batches of several
-            sizes meet in one backward pass.
+        AxisError: the model's inputs have not as many examples each, an output has no axis of examples, batches of several
+            sizes meet in one backward pass, or the model mixes the examples of a batch (BatchNorm).
+        InPlaceError: the model writes into a buffer.
         OutputTypeError: an output is an object of a class that is no node of trees.
         InputTypeError: ``model`` is no module, or no input is a tensor with an axis of examples.
         GradientValueError: a part of the model is called by itself, or once more during the backward pass (checkpointing).
@@ -193,7 +200,7 @@ def grad_samples(model: nn.Module, reduction: str = "mean") -> Iterator[nn.Modul
     for module in modules:
         if module in _in_use:
             raise AxisSpecError(f"grad_samples: {type(module).__name__} is in such a context already, and cannot be in two.")
-    samples = _Samples(model, reduction)
+    samples = _Samples(model, reduction, checked(batch_norm, "grad_samples"))
     _in_use.update(modules)
     try:
         samples.install(modules)
@@ -217,28 +224,53 @@ class _Bare(nn.Module):
         return self._call(*args, **kwargs)
 
 
+class _ManyTables(TorchFunctionMode):
+    """While it is active, the padding of an embedding has no gradient, which PyTorch forgets where each example has a table."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not functional.embedding:
+            return func(*args, **(kwargs or {}))
+        return _padded(*args, **(kwargs or {}))
+
+
+def _padded(numbers: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    found = functional.embedding(numbers, weight, None, *args, **kwargs)
+    if padding_idx is None:
+        return found
+    return torch.where((numbers == padding_idx % len(weight))[..., None], found.detach(), found)
+
+
 class _Samples:
     """What takes the place of a model's forward, and gathers the gradients of each example."""
 
-    def __init__(self, model: nn.Module, reduction: str) -> None:
-        self._model, self._is_mean = model, reduction == "mean"
+    def __init__(self, model: nn.Module, reduction: str, batch_norm: BatchNorm) -> None:
+        self._model, self._is_mean, self._batch_norm = model, reduction == "mean", batch_norm
         self._own = vars(model).get("forward")
         self._forward: Callable[..., Any] = model.forward
         self._bare = _Bare(model, model.forward)
         self._hooks: list[Any] = []
         self._inside = 0
         self._is_over = True  # whether there was a backward pass since the model was last called
+        self._is_active = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Samples:
+        """Of a copy of the model, which is called as ever."""
+        made = memo[id(self)] = object.__new__(_Samples)
+        made._is_active, made._forward = False, copy.deepcopy(self._forward, memo)
+        return made
 
     def install(self, modules: list[nn.Module]) -> None:
         """Take the place of forward, and look after the other modules."""
         self._hooks = [module.register_forward_pre_hook(self._check_inside) for module in modules if module is not self._model]
         self._model.forward = self._in_place_of_forward
+        self._is_active = True
         self._forget()
 
     def remove(self) -> None:
         """Leave the model as it was."""
         for hook in self._hooks:
             hook.remove()
+        self._is_active = False
         vars(self._model).pop("forward", None)
         if self._own is not None:
             self._model.forward = self._own
@@ -249,7 +281,7 @@ class _Samples:
         self._is_over = False
 
     def _check_inside(self, module: nn.Module, args: Any) -> None:
-        if not self._inside and torch.is_grad_enabled():
+        if self._is_active and not self._inside and torch.is_grad_enabled():
             raise GradientValueError(
                 f"grad_samples: a part of {type(self._model).__name__}, {type(module).__name__}, is called outside of a call of "
                 f"the whole, so its gradients for each example would be missing. Call the model itself. If the part is called "
@@ -257,14 +289,21 @@ class _Samples:
             )
 
     def _in_place_of_forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not self._is_active or not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
+        if self._batch_norm is None:
+            check_examples_apart(self._model, "grad_samples")
         if self._is_over:
             self._forget()
         call = _Call(args, kwargs)
 
         def one(parameters: dict[str, Tensor], examples: list[Tensor]) -> list[Tensor]:
-            return call.leave(torch.func.functional_call(self._bare, parameters, *call.batch_of_one(examples)))
+            buffers = Buffers(self._model, self._batch_norm)
+            values = {f"inner.{name}": value for name, value in (*parameters.items(), *buffers.values.items())}
+            with StandIns(self._batch_norm is not None), _ManyTables():
+                output = torch.func.functional_call(self._bare, values, *call.batch_of_one(examples))
+            buffers.check_not_written("grad_samples")
+            return call.leave(output)
 
         self._inside += 1
         try:
@@ -279,7 +318,7 @@ class _Samples:
             if parameter.requires_grad:
                 spread: Any = parameter.expand(size, *parameter.shape)
                 spread.register_hook(self._keeper(name, parameter))
-                found[f"inner.{name}"] = spread
+                found[name] = spread
         return found
 
     def _keeper(self, name: str, parameter: nn.Parameter) -> Callable[[Tensor], None]:

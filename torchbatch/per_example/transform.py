@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
 
     targets: int
     adapter: Adapter | None
+    batch_norm: Literal["per_example"] | None
     chunk_size: int | Literal["auto"] | None
     memory: int | None
     compile: bool | Literal["auto"]
@@ -59,13 +60,13 @@ class PerExample(Wrapper):
 
     def __init__(self, who: str, quantity: Quantity, model: Any, criterion: Any, options: Options) -> None:
         _check_names(who, options)
-        loss = loss_of(model, criterion, options.get("targets", 1), options.get("adapter"), who)
+        loss = loss_of(model, criterion, options.get("targets", 1), options.get("adapter"), who, options.get("batch_norm"))
         super().__init__(model, criterion)
         self._loss, self._quantity, self._who = loss, quantity, who
         self._chunk_size, self._budget = _checked_sizes(who, options)
         self._compile = _checked_compile(who, options.get("compile", "auto"))
         self._sizes: dict[Any, int] = {}
-        self._runs = {name: jit(self._compute, static_argnums=1, backend=name) for name in ("eager", "inductor")}
+        self._runs = {name: jit(self._named(), static_argnums=1, backend=name) for name in ("eager", "inductor")}
         self._seen: set[Any] = set()
         self._told: list[str] = []
 
@@ -174,6 +175,15 @@ class PerExample(Wrapper):
             self._compile = False
             warnings.warn(f"{self._who} runs uncompiled, since the compiler failed: {error}", RuntimeWarning, stacklevel=5)
             return self._runs["eager"](*arguments)
+
+    def _named(self) -> Any:
+        """:meth:`_compute`, which messages call by the name of the loss."""
+
+        def compute(*args: Any) -> Any:
+            return self._compute(*args)
+
+        compute.__name__ = compute.__qualname__ = self._loss.__name__
+        return compute
 
     def _compute(self, leaves: Any, structure: Any, examples: Any, keys: Tensor, present: Tensor, extra: Any) -> Any:
         batch = Batch(self._loss, leaves, structure, examples, keys, present)
