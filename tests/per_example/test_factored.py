@@ -83,6 +83,10 @@ PRODUCTS: dict[str, tuple[Any, torch.Tensor, tuple[torch.Tensor, ...], str]] = {
     "looked up, with padding": (
         lambda w, t: _bent(F.embedding(t, w, padding_idx=2)), _random(60, 5), (_tokens(COUNT, 6, below=4),), NEVER,
     ),
+    "looked up among complex numbers": (
+        lambda w, t: _bent((w[t] + 1).abs()), torch.complex(_random(60, 5), _random(60, 5, seed=2)),
+        (_tokens(COUNT, 4, below=8),), "summed as a product",
+    ),
     "looked up in a part": (lambda w, t: _bent(w[10:][t]), _random(60, 5), (_tokens(COUNT, 4, below=8),), NEVER),
     "looked up in columns": (lambda w, t: _bent(w[:, 1:4][t]), _random(60, 5), (_tokens(COUNT, 4, below=8),), NEVER),
     "looked up at one place": (lambda w, t: _bent(w[t]), _random(60, 5), (_tokens(COUNT, below=8),), NEVER),
@@ -115,16 +119,17 @@ PRODUCTS: dict[str, tuple[Any, torch.Tensor, tuple[torch.Tensor, ...], str]] = {
 
 
 RARELY = {
-    "times a vector", "tokens times the transposed", "three axes", "columns of a matrix", "the last rows", "a chunk", "stacked with others",
-    "one matrix along the last axis", "looked up by index", "looked up in columns", "a convolution", "a convolution in groups, twice",
-    "a row", "used twice", "looked up",
+    "times a vector", "tokens times the transposed", "three axes", "columns of a matrix", "the last rows", "a chunk",
+    "stacked with others", "one matrix along the last axis", "looked up by index", "looked up in columns", "a convolution",
+    "a convolution in groups, twice", "a row", "used twice", "looked up",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in PRODUCTS if LONG or name not in RARELY])
 def test_product(name):
     loss, w, batch, how = PRODUCTS[name]
-    expected = by_definition({"w": vmap(grad(loss), in_axes=(None, *[0] * len(batch)))(w, *batch)}, 0.7)
+    gradients = vmap(grad(loss), in_axes=(None, *[0] * len(batch)))(w, *batch)
+    expected = by_definition({"w": gradients.conj().resolve_conj()}, 0.7)  # grad is JAX's, which is the conjugate of PyTorch's
     parts = {key: quantities(0.7)[key] for key in ("norms", "flat", "gram", *(["fisher_diag"] if "looked" in name else []))}
     run = PerExample("together", Together(parts), loss, None, {"compile": False})
     found = run(w, *batch)

@@ -31,7 +31,8 @@ def _cases(draw):
         body, given = nn.Linear(inside, width, bias=bias), torch.randn(count, inside)
         after = width
     elif kind == "conv":
-        body = nn.Conv1d(2, width, draw(st.integers(1, 3)), stride=draw(st.integers(1, 2)), padding=draw(st.integers(0, 2)), bias=bias)
+        kernel, stride, padding = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(0, 2))
+        body = nn.Conv1d(2, width, kernel, stride=stride, padding=padding, bias=bias)
         given = torch.randn(count, 2, 5)
         after = body(given).flatten(1).shape[1]
     else:

@@ -18,6 +18,7 @@ from torchbatch._torch.one_example import Parts
 
 _KEPT = 2  # gradients that are made are kept up to so many times the numbers of their factors, which are kept anyway
 _backward = torch.ops.aten.convolution_backward.default
+_dense = torch.ops.aten.embedding_dense_backward.default
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -217,8 +218,11 @@ class _Lookups:
 
     def weighted(self, weights: Tensor) -> Tensor:
         scaled = self.columns[:, 0] * weights.to(self.columns.dtype)[:, None, None]
+        if not scaled.is_complex():
+            found: Tensor = _dense(scaled.flatten(0, 1), self.numbers.flatten(), self.count, -1, False)
+            return found
         zeros = scaled.new_zeros(self.count, self.sizes[2])
-        return zeros.index_add(0, self.numbers.reshape(-1), scaled.reshape(-1, self.sizes[2]))
+        return zeros.index_add(0, self.numbers.flatten(), scaled.flatten(0, 1))
 
 
 class _Convolutions:
