@@ -12,6 +12,7 @@ from torchbatch._torch import across, levels, staged, wrappers
 from torchbatch.core import recompute
 from torchbatch.core.closures import tensors_in, with_tensors
 from torchbatch.core.frames import in_scope
+from torchbatch.core.reach import modules_of
 from torchbatch.core.recompute import needs_gradient
 from torchbatch.errors import UnsupportedOperationError
 
@@ -32,6 +33,7 @@ class Outside:
             first = recompute.FirstRun(arguments)
             with first:
                 self.output = run(first.stand_ins[: len(arguments)])
+        self._modules = _ModulesThen(function)
         count = len(arguments)
         places = [i for i, value in enumerate(first.outside) if i >= count and _matters(value) and not was_made(value)]
         self.tensors = recompute.seen(first.outside[i] for i in places)
@@ -44,13 +46,42 @@ class Outside:
 
     def replaced(self, instead: Sequence[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
         """In this context the function reads other tensors in the place of ``tensors``."""
-        if not self._names:
-            return contextlib.nullcontext()
-        return _Put(self._names, instead)
+        context = contextlib.ExitStack()
+        context.enter_context(self._modules.again())
+        if self._names:
+            context.enter_context(_Put(self._names, instead))
+        return context
 
     def closed_over(self, function: Any, instead: Sequence[torch.Tensor]) -> Any:
         """The function with other tensors in the place of those that it closes over."""
         return with_tensors(function, {name: instead[place] for name, (_, place) in self._names.items()})
+
+
+class _ModulesThen:
+    """The parameters and buffers that the modules of a function had at one moment, to be had again.
+
+    ``torch.func.functional_call`` lends a module other ones, and takes them back before a derivative runs the function again.
+    """
+
+    def __init__(self, function: Any) -> None:
+        modules = {id(part): part for module in modules_of([function]) for part in module.modules()}
+        self._held = [(held, dict(held)) for part in modules.values() for held in (part._parameters, part._buffers)]
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """In this context the modules have them."""
+        lent = [(held, dict(held), then) for held, then in self._held if not _same(held, then)]
+        for held, _, then in lent:
+            held.update(then)
+        try:
+            yield
+        finally:
+            for held, before, _ in lent:
+                held.update(before)
+
+
+def _same(held: dict[str, Any], then: dict[str, Any]) -> bool:
+    return all(held.get(name) is value for name, value in then.items())
 
 
 def _matters(value: torch.Tensor) -> bool:
