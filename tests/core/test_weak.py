@@ -117,3 +117,23 @@ def test_it_ends():
     with pytest.raises(KeyError), WeakNumbers([number]):
         raise KeyError
     assert (x * number).dtype is torch.float64 and torch._C._len_torch_function_stack() == 0
+
+
+X = torch.tensor([0.5, -1.5])
+CHOICES = {
+    "where": lambda c, n: torch.where(c, X, n),
+    "of both": lambda c, n: torch.where(c, c, X),
+    "by name": lambda c, n: torch.where(other=X, input=-X, condition=c),
+    "of integers": lambda c, n: torch.where(c, X.int(), n),
+    "a method": lambda c, n: X.where(c, n),
+    "a fill": lambda c, n: X.masked_fill(c, n),
+    "a fill in place": lambda c, n: X.clone().masked_fill_(mask=c, value=n),
+}
+
+
+@pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize("number", [2.5, -2.5])
+def test_a_comparison_of_numbers_stays_a_truth_value_where_one_chooses(choose, number):
+    with WeakNumbers([n := as_weak(number)]):
+        got = choose((n >= 0) & (n <= 3), n)
+    torch.testing.assert_close(got, choose(torch.tensor(0 <= number <= 3), number))

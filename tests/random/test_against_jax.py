@@ -328,3 +328,37 @@ def test_mapped_over_keys_and_shapes(modern, equal_bits, name):
     ours = vmap(lambda key: getattr(random, name)(key, *extra))(random.split(key, 5))
     others = modern.jax.vmap(lambda key: getattr(modern.random, name)(key, *arguments[name]))(modern.random.split(theirs, 5))
     equal_bits(ours.int() if ours.dtype is torch.int64 else ours, others)
+
+
+@pytest.mark.parametrize("name", ["uniform", "bits"])
+def test_a_shape_may_be_a_number(modern, equal_bits, name):
+    ours, theirs = modern.keys(1)
+    equal_bits(getattr(random, name)(ours, 3), getattr(modern.random, name)(theirs, 3))
+    equal_bits(random.randint(ours, np.int32(3), 0, 9), random.randint(ours, (3,), 0, 9))
+
+
+def test_randint_between_tensors_of_narrow_dtypes(modern, equal_bits):
+    ours, theirs = modern.keys(1)
+    low, high = np.int8([-3, 0]), np.uint8([200, 255])
+    expected = np.asarray(modern.random.randint(theirs, (2,), low, high)).astype(np.int64)
+    equal_bits(random.randint(ours, (2,), torch.tensor(low), torch.tensor(high)), expected)
+
+
+def test_poisson_beyond_a_dtype(equal_bits):
+    for rate, dtype in [(125.0, torch.int8), (250.0, torch.uint8), (3.0, torch.uint32), (3.0, torch.uint64)]:
+        wide, drawn = (random.poisson(random.key(1), rate, (9,), chosen) for chosen in (torch.int64, dtype))
+        assert drawn.dtype is dtype
+        equal_bits(drawn.long(), wide.clamp(max=min(torch.iinfo(dtype).max, 2**62)))
+
+
+@long_only
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint16", "int32", "uint32"])
+def test_poisson_of_dtypes(modern, equal_bits, dtype):
+    ours, theirs = modern.keys(1)
+    rates = np.float32([3, 9.9, 125, 250, np.nan, np.inf, 0])
+    equal_bits(random.poisson(ours, rates, dtype=getattr(torch, dtype)), modern.random.poisson(theirs, rates, dtype=dtype))
+
+
+def test_choice_in_a_trace_stays_within_its_slices(modern):
+    drawn = jit(lambda p: random.choice(random.key(0), 3, (50,), p=p), backend="eager")(torch.tensor([float("nan"), 0.0, 1.0]))
+    assert drawn.min() >= 0 and drawn.max() < 3

@@ -12,14 +12,52 @@ from torchbatch.testing import loop
 
 KEY = random.key(0)
 FLOATS = "dtype must be torch.float64, float32, float16 or bfloat16, but it is "
+SIZES = "shape must be an int or a tuple of ints, but it is "
+KNOWN = "Sizes must be known: under jit, name the argument they come from in static_argnums; in vmap, all samples share them."
 CASES = {
-    "a number as shape": (
-        lambda: random.normal(KEY, 3), AxisSpecError,
-        "normal: shape must be a tuple of ints, but it is 3 of type int. Write (3,).",
+    "a truth value as shape": (
+        lambda: random.normal(KEY, True), AxisSpecError,
+        "normal: shape must be an int or a tuple of ints, but it is True of type bool.",
     ),
     "a float in a shape": (
         lambda: random.uniform(KEY, (2.0,)), AxisSpecError,
-        "uniform: shape must be a tuple of ints, but it is (2.0,) of type tuple.",
+        "uniform: shape must be an int or a tuple of ints, but it is (2.0,) of type tuple.",
+    ),
+    "a tensor as shape": (lambda: random.bits(KEY, torch.tensor(2)), AxisSpecError, f"bits: {SIZES}int64[]. {KNOWN}"),
+    "a size that jit does not know": (
+        lambda: jit(lambda n: random.normal(KEY, (2, n)), backend="eager")(3), AxisSpecError,
+        f"normal: {SIZES}(2, int64[]). {KNOWN}",
+    ),
+    "a size of each sample": (
+        lambda: vmap(lambda n: random.normal(KEY, (n,)))(torch.arange(3)), AxisSpecError, f"normal: {SIZES}(int64[],). {KNOWN}",
+    ),
+    "a negative number as shape": (lambda: random.bits(KEY, -1), AxisError, "bits: shape must not be negative, but it is -1."),
+    "a class of NumPy": (
+        lambda: random.normal(KEY, (), np.float32), AxisSpecError, f"normal: {FLOATS}<class 'numpy.float32'> of type type.",
+    ),
+    "the dimension of a ball": (
+        lambda: random.ball(KEY, 2.5), AxisSpecError, "ball: d must be an int, but it is 2.5 of type float.",
+    ),
+    "a negative dimension": (lambda: random.ball(KEY, -1), AxisError, "ball: d must not be negative, but it is -1."),
+    "the norms of a ball": (
+        lambda: random.ball(KEY, 3, torch.ones(2)), AxisError,
+        "ball: p must be one number, but it is float32[2]. Map over it with vmap.",
+    ),
+    "no categories": (
+        lambda: random.categorical(KEY, torch.zeros(2, 0)), AxisError,
+        "categorical: there is nothing to draw from; float32[2,0] has no categories.",
+    ),
+    "a negative probability": (
+        lambda: random.choice(KEY, 2, (3,), p=torch.tensor([-1.0, 2.0])), AxisError,
+        "choice: p must hold numbers from 0 on, but it is tensor([-1., 2.]) of type Tensor and dtype torch.float32.",
+    ),
+    "a probability that is no number": (
+        lambda: random.choice(KEY, 2, replace=False, p=[float("nan"), 1.0]), AxisError,
+        "choice: p must hold numbers from 0 on, but it is [nan, 1.0] of type list.",
+    ),
+    "bounds of NumPy with more than 32 bits": (
+        lambda: jit(lambda key: random.randint(key, (), 0, np.int64(2**40)), backend="eager")(KEY), AxisError,
+        "randint: minval and maxval need more than 32 bits; give dtype=torch.int64.",
     ),
     "a negative size": (lambda: random.bits(KEY, (2, -1)), AxisError, "bits: shape must not be negative, but it is (2, -1)."),
     "integers as floats": (

@@ -369,9 +369,21 @@ ERRORS = {
     ),
     "num": (
         lambda: random.split(KEYS[0], 2.0), AxisSpecError,
-        "split: num must be a tuple of ints, but it is 2.0 of type float.",
+        "split: num must be an int or a tuple of ints, but it is 2.0 of type float.",
     ),
-    "a negative num": (lambda: random.split(KEYS[0], -1), AxisError, "split: num must not be negative, but it is (-1,)."),
+    "a negative num": (lambda: random.split(KEYS[0], -1), AxisError, "split: num must not be negative, but it is -1."),
+    "a mode that is none": (
+        lambda: random.threefry_partitionable(None).__enter__(), AxisSpecError,
+        "threefry_partitionable: new_val must be True or False, but it is None of type NoneType.",
+    ),
+    "words of NumPy": (
+        lambda: random.uniform(np.zeros(2, np.uint32)), InputTypeError,
+        f"uniform: {NO_KEY}array([0, 0], dtype=uint32) of type ndarray and dtype uint32. wrap_key_data makes a key of words.",
+    ),
+    "a raw key that is mapped": (
+        lambda: vmap(random.uniform)(random.PRNGKey(0)), InputTypeError,
+        f"uniform: {RAW}uint32[]. An array of keys, such as split gives, can be mapped over.",
+    ),
     "a torch function": (
         lambda: torch.exp(KEYS), InputTypeError,
         "torch.exp got a Key, which is no tensor. Draw from it with the functions of torchbatch.random; key_data(key) "
@@ -394,6 +406,21 @@ def test_errors(name):
     with pytest.raises(kind) as caught:
         call()
     assert str(caught.value) == text
+
+
+def test_keys_are_compared_one_by_one():
+    others = torch.stack([KEYS[0], KEYS[0], KEYS[2]])
+    same, different = others == KEYS, others != KEYS
+    assert same.tolist() == [True, False, True] and different.tolist() == [False, True, False]
+    assert KEYS != 3
+
+
+def test_keys_are_stacked_by_name_and_chosen():
+    assert torch.stack(tensors=[KEYS[0], KEYS[1]], dim=0).shape == (2,)
+    chosen = torch.where(torch.tensor([True, False, True]), KEYS, KEYS[0])
+    assert (chosen == torch.stack([KEYS[0], KEYS[0], KEYS[2]])).all()
+    with pytest.raises(InputTypeError, match="where got keys together with what is none, or keys of both modes"):
+        torch.where(torch.tensor(True), KEYS[0], torch.zeros(()))
 
 
 def test_keys_cannot_be_hashed():

@@ -150,6 +150,16 @@ def test_sizes_may_be_open():
     assert noisy.cache_size() == 1
 
 
+def test_what_is_drawn_from_may_have_another_size():
+    def draws(key, x):
+        return vmap(torch.exp)(x), random.choice(key, x, (3,)), random.normal(key, x.shape[0])
+
+    drawn = jit(draws, backend="eager", dynamic=True)
+    for n in (4, 6):
+        given = random.key(0), torch.arange(n)
+        assert tree.leaves(tree.map(torch.equal, drawn(*given), draws(*given))) == [True] * 3
+
+
 def test_an_empty_batch():
     assert vmap(lambda key: random.normal(key, (3,)))(keys(shape=0)).shape == (0, 3)
 

@@ -337,6 +337,8 @@ def test_what_a_rule_must_return(result, error, message):
 def test_other_errors(f):
     with pytest.raises(AxisSpecError, match="custom_vmap takes a function, but it got 3"):
         custom_vmap(3)
+    with pytest.raises(AxisSpecError, match="sequential_vmap takes a function, but it got 3"):
+        sequential_vmap(3)
     with pytest.raises(AxisSpecError, match="def_vmap takes a function, but it got 3"):
         f.def_vmap(3)
     with pytest.raises(

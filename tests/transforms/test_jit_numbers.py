@@ -203,3 +203,31 @@ def test_a_number_that_is_too_large(n):
         StaticArgumentError, match=rf"^jit: argument n of scaled is {n} of type int, which does not fit into int64"
     ):
         replayed(scaled)(X, n)
+
+
+CLAMPS = [
+    lambda x, n: x.clamp(n, 2),
+    lambda x, n: torch.clip(x, max=n, min=0.5),
+    lambda x, n: torch.clamp(x, n, None),
+]
+
+
+@pytest.mark.parametrize("clamp", CLAMPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32])
+@pytest.mark.parametrize("number", [1, 1.5])
+def test_one_bound_may_be_a_number_that_is_known(clamp, dtype, number):
+    x = torch.arange(4).to(dtype)
+    torch.testing.assert_close(replayed(clamp)(x, number), clamp(x, number))
+
+
+def test_a_number_between_numbers():
+    assert replayed(lambda n: n.clamp(0, 1) + n.clamp(0.5, n + 1))(1.5) == 2.5
+
+
+def test_a_number_decides_what_is_chosen():
+    def inside(x, n):
+        return torch.where((n >= 0) & (n <= 1), x, float("nan"))
+
+    chosen = replayed(inside)
+    assert torch.equal(chosen(X, 0.5), X) and chosen(X, 1.5).isnan().all() and chosen(X, 1.5).dtype is X.dtype
+    assert torch.equal(replayed(vmap(inside, in_axes=(0, None)))(X, 1), X)

@@ -94,16 +94,37 @@ def jvp(
 ) -> tuple[Tensors, Tensors, Tensors]:
     """The outputs, their tangents, and the other tensors."""
     if _is_compiling():
-        return torch.func.jvp(function, tuple(inputs), tuple(tangents), has_aux=True)  # type: ignore[return-value]
+        values, moved, others = torch.func.jvp(function, tuple(inputs), tuple(tangents), has_aux=True)  # type: ignore[misc]
+    else:
+        values, moved, others = _at_dual_level(function, inputs, tangents)
+    return values, tuple([levels.of_dtype(t, value) for t, value in zip(moved, values, strict=True)]), others
+
+
+def primal(value: torch.Tensor) -> torch.Tensor:
+    """A value without the tangent that it has at the innermost level of forward mode."""
+    found: torch.Tensor
+    if levels.is_batchedtensor(value):
+        level = levels.maybe_get_level(value)
+        inner, axis = levels.unwrap_batched(value, level)
+        found = levels.add_batch_dim(primal(inner), axis, level)
+    else:
+        found = _dual._unpack_dual(value, level=0)[0]
+    return found
+
+
+def _at_dual_level(
+    function: Flat, inputs: Sequence[torch.Tensor], tangents: Sequence[torch.Tensor]
+) -> tuple[Tensors, Tensors, Tensors]:
     if _is_inference():
         with _no_inference():
-            return jvp(function, inputs, tangents)
+            return _at_dual_level(function, inputs, tangents)
     level = _functorch._jvp_increment_nesting()
     was = _is_forward_enabled()
     try:
         _set_forward_enabled(True)
         _duals.enter()
         try:
+            inputs = [_unshared(x) for x in inputs] if level > 1 else inputs
             duals = [_dual._make_dual(x, _spread(t, x), level=0) for x, t in zip(inputs, tangents, strict=True)]
             outputs, others = function(*duals)
             pairs = [_dual._unpack_dual(output, level=0) for output in outputs]
@@ -115,6 +136,11 @@ def jvp(
     finally:
         _set_forward_enabled(was)
         _functorch._jvp_decrement_nesting()
+
+
+def _unshared(value: torch.Tensor) -> torch.Tensor:
+    """A value in which each number has its own memory: inside another forward mode PyTorch writes the tangent in its layout."""
+    return value.contiguous() if 0 in value.stride() else value
 
 
 def _spread(tangent: torch.Tensor, primal: torch.Tensor) -> torch.Tensor:

@@ -199,7 +199,7 @@ def _by_rejection(keys: _Keys, rate: torch.Tensor) -> torch.Tensor:
         accept = ((near >= 0.07) & (v <= enough)) | (~((k < 0) | ((near < 0.013) & (v > near))) & (s <= t))
         result = k.where(busy & accept, result)
         accepted = accepted | (busy & accept)
-    return result.long()
+    return result.nan_to_num(0, posinf=2.0**62).long()
 
 
 # --- operators -------------------------------------------------------------------------------------------------------

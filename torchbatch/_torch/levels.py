@@ -5,7 +5,8 @@ Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._C._functorch._vm
 ``is_functorch_wrapped_tensor``, ``maybe_get_level``, ``get_unwrapped``; ``torch._functorch.vmap.vmap_increment_nesting``
 with that module's ``_add_batch_dim``, ``_remove_batch_dim`` (the forms that Dynamo traces);
 ``torch._C._is_alias_of``; ``torch._functorch.predispatch.lazy_load_decompositions``; ``torch._functorch.pyfunctorch``'s
-``retrieve_all_functorch_interpreters`` and ``torch._C._functorch.TransformType``.
+``retrieve_all_functorch_interpreters`` and ``torch._C._functorch.TransformType``; ``_pt_inner_ctx`` of the contexts of
+``torch._functorch.autograd_function``.
 """
 
 from __future__ import annotations
@@ -47,6 +48,15 @@ def open_maps() -> Iterator[tuple[int, int, str]]:
             yield interpreter.level(), interpreter.batch_size(), interpreter.randomness()
 
 
+def opened_again(ctx: Any) -> list[tuple[int, int]]:
+    """Level and size of the maps that PyTorch opened again for the backward pass of an ``autograd.Function``."""
+    count = 0
+    while "_pt_inner_ctx" in vars(ctx):  # one context around the other for each of them, and they are the innermost ones
+        ctx, count = ctx._pt_inner_ctx, count + 1
+    maps = [(level, size) for level, size, _ in open_maps()]
+    return maps[len(maps) - count :]
+
+
 def batch_levels(value: torch.Tensor) -> Iterator[int]:
     """The levels at which ``value`` is batched, innermost first, looking through the wrappers of grad levels."""
     while is_wrapped(value):
@@ -78,3 +88,8 @@ def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 def is_view(value: Any) -> bool:
     """Whether a value is a tensor that shows the memory of another one."""
     return isinstance(value, torch.Tensor) and value._is_view()
+
+
+def of_dtype(tangent: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A tangent in the dtype of its value: PyTorch makes it float64 where a tensor without dimensions meets a Python number."""
+    return tangent if tangent.dtype is value.dtype else tangent.to(value.dtype)

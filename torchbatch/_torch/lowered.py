@@ -97,7 +97,7 @@ class Transform:
     def unpacked(self, value: torch.Tensor) -> Pair:
         """A value of forward mode, and its tangent, outside of this transform."""
         primal, tangent = _dual._unpack_dual(value, level=0)
-        return self.taken(primal), None if tangent is None else self.taken(tangent)
+        return self.taken(primal), None if tangent is None else self.taken(levels.of_dtype(tangent, primal))
 
     def packed(self, value: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
         """The inverse of :meth:`unpacked`."""

@@ -25,7 +25,7 @@ def in_detail(value: torch.Tensor) -> str:
 def shown(value: Any) -> str:
     """``value`` as Python shows it, on one line and not longer than that, and its type: ``'sum' of type str``."""
     text = " ".join(repr(value).split())
-    dtype = f" and dtype {value.dtype}" if hasattr(value, "dtype") else ""
+    dtype = f" and dtype {value.dtype}" if hasattr(value, "dtype") and not isinstance(value, type) else ""
     return f"{text if len(text) <= 100 else text[:99] + '…'} of type {type(value).__name__}{dtype}"
 
 

@@ -9,7 +9,7 @@ what the other operands make of it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,13 +80,17 @@ class WeakNumbers(TorchFunctionMode):
         if name in _MAKERS:
             return _MAKERS[name](self, *args, **kwargs)
         others = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not self.is_weak(leaf)]
+        if name.strip("_") in ("clamp", "clip"):  # the bounds are two numbers or two tensors
+            weak = [i for i, leaf in enumerate(leaves) if i in weak or type(leaf) in WIDEST]
+            leaves = [as_weak(leaf) if type(leaf) in WIDEST else leaf for leaf in leaves]
         if not others:
             return self._alone(func, leaves, structure)
         _check_write(name, leaves[0], [leaves[i] for i in weak], others)
         if name in ("pow", "__pow__") and leaves[0].dtype is torch.bool is leaves[1].dtype and weak == [1]:
             return leaves[0] | ~leaves[1]  # PyTorch takes a number there, but no tensor
+        mask = _place_of_mask(func, name, leaves, len(args), kwargs)
         for i in weak:
-            leaves[i] = _beside(leaves[i], others, name)
+            leaves[i] = leaves[i] if i == mask else _beside(leaves[i], others, name)
         args, kwargs = structure.unflatten(leaves)
         return func(*args, **kwargs)
 
@@ -177,6 +181,17 @@ def _check_write(name: str, target: Any, weak: Sequence[torch.Tensor], others: S
         found = _promoted(weak[0], others)
         if not torch.can_cast(found, target.dtype):
             raise InPlaceError(f"jit: {name} makes values of {found}, which a tensor of {target.dtype} does not hold.")
+
+
+def _place_of_mask(func: Any, name: str, leaves: Sequence[Any], count: int, kwargs: Mapping[str, Any]) -> int | None:
+    """Which of the operands is the truth value that chooses between others; there are ``count`` positional ones."""
+    if name not in ("where", "masked_fill", "masked_fill_"):
+        return None
+    place = 0 if func is torch.where else 1
+    if place < count:
+        return place
+    given = kwargs.get("condition", kwargs.get("mask"))
+    return next((i for i in range(count, len(leaves)) if leaves[i] is given), None)
 
 
 def _beside(weak: torch.Tensor, others: Sequence[torch.Tensor], name: str) -> torch.Tensor:

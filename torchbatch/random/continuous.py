@@ -19,14 +19,14 @@ from torchbatch.random.words import integers
 _COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
-def normal(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None = None) -> torch.Tensor:
+def normal(key: KeyLike, shape: int | Sequence[int] = (), dtype: torch.dtype | None = None) -> torch.Tensor:
     """Numbers of the standard normal distribution.
 
     Shapes: ``[] -> shape``.
 
     Args:
         key: a single key.
-        shape: the shape of the result.
+        shape: the shape of the result; an int is the size of a vector.
         dtype: a floating-point or complex dtype; None is PyTorch's default.
 
     Returns:
@@ -34,7 +34,7 @@ def normal(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None = 
 
     Raises:
         InputTypeError, AxisError: ``key`` is no single key.
-        AxisSpecError: ``shape`` is no tuple of ints, or ``dtype`` no such dtype.
+        AxisSpecError: ``shape`` is neither an int nor a tuple of ints, or ``dtype`` no such dtype.
 
     Example:
         >>> from torchbatch import random
@@ -66,14 +66,14 @@ def _drawn(name: str, key: Any, shape: Any, dtype: Any, low: float, shift: float
     return step(u, name, *numbers)
 
 
-def exponential(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None = None) -> torch.Tensor:
+def exponential(key: KeyLike, shape: int | Sequence[int] = (), dtype: torch.dtype | None = None) -> torch.Tensor:
     """Numbers of the exponential distribution with rate 1.
 
     Shapes: ``[] -> shape``.
 
     Args:
         key: a single key.
-        shape: the shape of the result.
+        shape: the shape of the result; an int is the size of a vector.
         dtype: a floating-point dtype; None is PyTorch's default.
 
     Returns:
@@ -92,14 +92,14 @@ def exponential(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | No
     return _drawn("exponential", key, shape, dtype, 0.0, 0.0)
 
 
-def laplace(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None = None) -> torch.Tensor:
+def laplace(key: KeyLike, shape: int | Sequence[int] = (), dtype: torch.dtype | None = None) -> torch.Tensor:
     """Numbers of the Laplace distribution with scale 1.
 
     Shapes: ``[] -> shape``.
 
     Args:
         key: a single key.
-        shape: the shape of the result.
+        shape: the shape of the result; an int is the size of a vector.
         dtype: a floating-point dtype; None is PyTorch's default.
 
     Returns:
@@ -118,14 +118,14 @@ def laplace(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None =
     return _drawn("laplace", key, shape, dtype, -1.0, 0.5)
 
 
-def logistic(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None = None) -> torch.Tensor:
+def logistic(key: KeyLike, shape: int | Sequence[int] = (), dtype: torch.dtype | None = None) -> torch.Tensor:
     """Numbers of the logistic distribution.
 
     Shapes: ``[] -> shape``.
 
     Args:
         key: a single key.
-        shape: the shape of the result.
+        shape: the shape of the result; an int is the size of a vector.
         dtype: a floating-point dtype; None is PyTorch's default.
 
     Returns:
@@ -147,14 +147,14 @@ def logistic(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None 
     return step(u, "logistic")
 
 
-def cauchy(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None = None) -> torch.Tensor:
+def cauchy(key: KeyLike, shape: int | Sequence[int] = (), dtype: torch.dtype | None = None) -> torch.Tensor:
     """Numbers of the Cauchy distribution.
 
     Shapes: ``[] -> shape``.
 
     Args:
         key: a single key.
-        shape: the shape of the result.
+        shape: the shape of the result; an int is the size of a vector.
         dtype: a floating-point dtype; None is PyTorch's default.
 
     Returns:
@@ -174,7 +174,7 @@ def cauchy(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None = 
 
 
 def gumbel(
-    key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None = None, mode: str | None = None
+    key: KeyLike, shape: int | Sequence[int] = (), dtype: torch.dtype | None = None, mode: str | None = None
 ) -> torch.Tensor:
     """Numbers of the standard Gumbel distribution.
 
@@ -182,7 +182,7 @@ def gumbel(
 
     Args:
         key: a single key.
-        shape: the shape of the result.
+        shape: the shape of the result; an int is the size of a vector.
         dtype: a floating-point dtype; None is PyTorch's default.
         mode: ``"low"`` (None is the same) draws one uniform number for each, ``"high"`` two, for rare large numbers;
             ``"highest"`` makes one uniform number of 64 bits for each number of float32, and is ``"high"`` for other dtypes.
@@ -234,7 +234,7 @@ def _gumbels_of_64_bits(key: Key, shape: Sequence[int]) -> torch.Tensor:
 
 
 def truncated_normal(
-    key: KeyLike, lower: Any, upper: Any, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
+    key: KeyLike, lower: Any, upper: Any, shape: int | Sequence[int] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Numbers of the standard normal distribution, given that they lie between two bounds.
 
@@ -300,7 +300,7 @@ def multivariate_normal(
     key: KeyLike,
     mean: Any,
     cov: Any,
-    shape: Sequence[int] | None = None,
+    shape: int | Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
     method: str = "cholesky",
 ) -> torch.Tensor:
@@ -322,6 +322,7 @@ def multivariate_normal(
     Raises:
         InputTypeError, AxisError: ``key`` is no single key, or the shapes do not fit.
         AxisSpecError: there is no such method.
+        torch.linalg.LinAlgError: ``cov`` is not positive definite, by ``"cholesky"``; the other methods take a singular one.
 
     Example:
         >>> import torch

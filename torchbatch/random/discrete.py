@@ -22,11 +22,11 @@ from torchbatch.random.words import integers
 
 _UNSIGNED = {torch.uint16: (0, 2**16 - 1), torch.uint32: (0, 2**32 - 1)}
 _NARROW = (torch.int8, torch.int16, torch.uint8, torch.uint16)
-_DTYPES = (*_NARROW, torch.int32, torch.uint32, torch.int64, torch.uint64)
+DTYPES = (*_NARROW, torch.int32, torch.uint32, torch.int64, torch.uint64)
 _TOP = -(2**63)  # the first digit of a word of 64 bits
 
 
-def bernoulli(key: KeyLike, p: Any = 0.5, shape: Sequence[int] | None = None, mode: str = "low") -> torch.Tensor:
+def bernoulli(key: KeyLike, p: Any = 0.5, shape: int | Sequence[int] | None = None, mode: str = "low") -> torch.Tensor:
     """Truth values that are True with a given probability.
 
     Shapes: ``[], [a] -> shape``.
@@ -71,14 +71,14 @@ def _probability(name: str, p: Any, key: Key) -> torch.Tensor:
     return found
 
 
-def rademacher(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None = None) -> torch.Tensor:
+def rademacher(key: KeyLike, shape: int | Sequence[int] = (), dtype: torch.dtype | None = None) -> torch.Tensor:
     """Numbers that are -1 or 1, equally likely.
 
     Shapes: ``[] -> shape``.
 
     Args:
         key: a single key.
-        shape: the shape of the result.
+        shape: the shape of the result; an int is the size of a vector.
         dtype: a dtype of signed integers, or a floating-point or complex dtype; None is torch.int64.
 
     Returns:
@@ -116,7 +116,7 @@ def signs(key: Key, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def randint(
-    key: KeyLike, shape: Sequence[int], minval: Any, maxval: Any, dtype: torch.dtype | None = None
+    key: KeyLike, shape: int | Sequence[int], minval: Any, maxval: Any, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Integers that are uniformly distributed in ``[minval, maxval)``.
 
@@ -124,9 +124,10 @@ def randint(
 
     Args:
         key: a single key.
-        shape: the shape of the result.
+        shape: the shape of the result; an int is the size of a vector.
         minval: the least number, or an integer tensor that broadcasts to ``shape``.
-        maxval: the upper bound, likewise; where it is not above ``minval``, the result is ``minval``.
+        maxval: the upper bound, likewise; where it is not above ``minval``, the result is ``minval``. A bound that the dtype of
+            the draw does not hold is brought into its range, as in JAX.
         dtype: an integer dtype. None gives the numbers of JAX with 32-bit integers, as torch.int64; the draws for torch.int64
             and torch.uint64 take twice as many bits, and so give other numbers.
 
@@ -135,8 +136,8 @@ def randint(
 
     Raises:
         InputTypeError, AxisError: ``key`` is no single key, or the bounds are no integers, do not fit ``shape``, or, with
-            ``dtype=None``, need 64 bits.
-        AxisSpecError: ``shape`` is no tuple of ints, or ``dtype`` no such dtype.
+            ``dtype=None``, are known to need 64 bits; in a function that is traced nobody can look at a tensor.
+        AxisSpecError: ``shape`` is neither an int nor a tuple of ints, or ``dtype`` no such dtype.
 
     Example:
         >>> from torchbatch import random
@@ -147,7 +148,7 @@ def randint(
     """
     found = single("randint", key)
     size = shape_of("randint", shape)
-    if dtype is not None and dtype not in _DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise AxisSpecError(f"randint: dtype must be an integer dtype, but it is {shown(dtype)}.")
     unsigned = dtype is torch.uint64
     low, high = _integer("minval", minval, found, unsigned), _integer("maxval", maxval, found, unsigned)
@@ -155,8 +156,7 @@ def randint(
     if dtype in (torch.int64, torch.uint64):
         return draw_ops.same_bits(_in_64_bits(found, size, low, high, _TOP if unsigned else 0), dtype)
     if dtype is None:
-        _check_32_bits(minval, maxval)
-        _check_32_bits(low, high)
+        _check_32_bits(low, high, *(bound for bound in (minval, maxval) if not isinstance(bound, torch.Tensor)))
     drawn = _in_32_bits(found, size, low, high, torch.int32 if dtype is None else dtype)
     return drawn if dtype is None else _held(drawn, dtype)
 
@@ -180,7 +180,9 @@ def _integer(argument: str, value: Any, key: Key, unsigned: bool) -> torch.Tenso
 def _check_32_bits(*bounds: Any) -> None:
     """Refuse bounds that are too large, so far as they are known: in a trace those are that are Python's numbers."""
     for bound in bounds:
-        found = known(bound) if isinstance(bound, torch.Tensor) else torch.tensor(bound) if isinstance(bound, int) else None
+        if isinstance(bound, torch.SymInt):
+            continue  # a size that jit leaves open
+        found = known(bound) if isinstance(bound, torch.Tensor) else np.asarray(bound, np.int64)
         if found is not None and bool(((found < -(2**31)) | (found >= 2**31)).any()):
             raise AxisError("randint: minval and maxval need more than 32 bits; give dtype=torch.int64.")
 
@@ -224,6 +226,13 @@ def _held(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(value > WORD >> 1, value - 2**32, value).to(dtype)
 
 
+def saturated(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """int64 as an integer dtype: what is too large for that becomes its largest number."""
+    if dtype in (torch.int64, torch.uint64):
+        return draw_ops.same_bits(value, dtype)
+    return _held(value.clamp(max=_limits(dtype)[1]), dtype)
+
+
 def _modulo(x: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
     """The remainder, which for a span of 0, the whole range, is the number itself."""
     return torch.where(span == 0, x, x % torch.where(span == 0, 1, span))
@@ -256,7 +265,7 @@ def categorical(
     key: KeyLike,
     logits: Any,
     axis: int = -1,
-    shape: Sequence[int] | None = None,
+    shape: int | Sequence[int] | None = None,
     replace: bool = True,
     mode: str | None = None,
 ) -> torch.Tensor:
@@ -295,6 +304,8 @@ def categorical(
     if not isinstance(axis, int | np.integer) or not -scores.dim() <= axis < scores.dim():
         raise AxisError(f"categorical: axis must be an int in [{-scores.dim()}, {scores.dim()}), but it is {shown(axis)}.")
     axis = int(axis) % scores.dim()
+    if not scores.shape[axis]:
+        raise AxisError(f"categorical: there is nothing to draw from; {describe(scores)} has no categories.")
     batch = (*scores.shape[:axis], *scores.shape[axis + 1 :])
     size = batch if shape is None else shape_of("categorical", shape)
     broadcast("categorical", size, {"logits": batch}, logits=scores)

@@ -43,16 +43,18 @@ def threefry_partitionable(new_val: bool) -> Iterator[None]:
 
     Source: ``jax.threefry_partitionable``, the context of the setting ``jax_threefry_partitionable``.
     """
-    with draw_state.counting(_checked_mode("threefry_partitionable", new_val)):
+    with draw_state.counting(_checked_mode("threefry_partitionable: new_val", new_val)):
         yield
 
 
-def _checked_mode(name: str, partitionable: Any) -> bool:
-    if partitionable is None:
-        return draw_state.partitionable()
-    if not isinstance(partitionable, bool):
-        raise AxisSpecError(f"{name}: partitionable must be True or False, but it is {shown(partitionable)}.")
-    return partitionable
+def _mode(name: str, partitionable: bool | None) -> bool:
+    return draw_state.partitionable() if partitionable is None else _checked_mode(f"{name}: partitionable", partitionable)
+
+
+def _checked_mode(argument: str, mode: Any) -> bool:
+    if not isinstance(mode, bool):
+        raise AxisSpecError(f"{argument} must be True or False, but it is {shown(mode)}.")
+    return mode
 
 
 class Key:
@@ -140,6 +142,9 @@ class Key:
             return NotImplemented
         return (self.first == other.first) & (self.second == other.second)
 
+    def __ne__(self, other: object) -> Any:
+        return ~(self == other) if isinstance(other, Key) else NotImplemented
+
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
@@ -156,15 +161,25 @@ class Key:
                 f"torch.{getattr(func, '__name__', func)} got a Key, which is no tensor. Draw from it with the functions of "
                 f"torchbatch.random; key_data(key) gives its words."
             )
-        keys, *rest = args
+        if func is torch.where:
+            return _chosen(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        keys, *rest = args or (kwargs.pop("tensors"),)
         modes = {item.partitionable for item in keys} if all(isinstance(item, Key) for item in keys) else set()
         if len(modes) != 1:
             raise InputTypeError(f"torch.{func.__name__} got keys together with what is none, or keys of both modes.")
-        first, second = (func([getattr(item, word) for item in keys], *rest, **(kwargs or {})) for word in ("first", "second"))
+        first, second = (func([getattr(item, word) for item in keys], *rest, **kwargs) for word in ("first", "second"))
         return Key(first, second, modes.pop())
 
 
-_STRUCTURAL = (torch.stack, torch.cat, torch.concat, torch.concatenate)
+def _chosen(condition: torch.Tensor, input: Any, other: Any) -> Key:
+    if not isinstance(input, Key) or not isinstance(other, Key) or input.partitionable is not other.partitionable:
+        raise InputTypeError("torch.where got keys together with what is none, or keys of both modes.")
+    first, second = (torch.where(condition, *pair) for pair in ((input.first, other.first), (input.second, other.second)))
+    return Key(first, second, input.partitionable)
+
+
+_STRUCTURAL = (torch.stack, torch.cat, torch.concat, torch.concatenate, torch.where)
 registry.register(registry.attribute_node(Key, ("first", "second"), ("partitionable",)))
 torch.serialization.add_safe_globals([Key])
 KeyLike = Key | torch.Tensor
@@ -200,7 +215,7 @@ def key(seed: Any, *, impl: str | None = None, dtype: str | None = None, partiti
     Source: ``jax.random.key``.
     """
     _check_impl("key", impl, dtype)
-    mode = _checked_mode("key", partitionable)
+    mode = _mode("key", partitionable)
     return Key(*_seeded("key", seed), mode)
 
 
@@ -328,14 +343,15 @@ def wrap_key_data(
     words = as_tensor(key_bits_array)
     if words is None:
         raise InputTypeError(f"wrap_key_data: the words must be an array of uint32, but they are {shown(key_bits_array)}.")
-    found = _of_words("wrap_key_data", words, _checked_mode("wrap_key_data", partitionable))
+    found = _of_words("wrap_key_data", words, _mode("wrap_key_data", partitionable))
     return found._each(torch.clone)  # or the key would change with the array
 
 
 def _of_words(name: str, words: torch.Tensor, partitionable: bool) -> Key:
     if words.dtype not in (torch.uint32, torch.int32) or not words.dim() or words.shape[-1] != 2:
+        hint = "" if words.dim() else " An array of keys, such as split gives, can be mapped over."
         raise InputTypeError(
-            f"{name}: a raw key is a tensor of uint32 (or int32) whose last axis has size 2, but this is {describe(words)}."
+            f"{name}: a raw key is a tensor of uint32 (or int32) whose last axis has size 2, but this is {describe(words)}.{hint}"
         )
     words = draw_ops.same_bits(words, torch.int32)
     return Key(words[..., 0], words[..., 1], partitionable)
@@ -351,8 +367,9 @@ def wrapped(name: str, value: Any) -> Key:
         return value
     if isinstance(value, torch.Tensor):
         return _of_words(name, value, draw_state.partitionable())
+    hint = " wrap_key_data makes a key of words." if hasattr(value, "__array__") else ""
     raise InputTypeError(
-        f"{name}: the key must come from torchbatch.random (key, PRNGKey, split, fold_in), but it is {shown(value)}."
+        f"{name}: the key must come from torchbatch.random (key, PRNGKey, split, fold_in), but it is {shown(value)}.{hint}"
     )
 
 
@@ -404,7 +421,7 @@ def split(key: KeyLike, num: int | Sequence[int] = 2) -> Any:
     Source: ``jax.random.split``.
     """
     found = single("split", key)
-    shape = shape_of("split", (num,) if is_size(num) else num, "num")
+    shape = shape_of("split", num, "num")
     return _styled(key, children(found, shape))
 
 
@@ -541,18 +558,30 @@ def few(key: Key, counts: Sequence[tuple[int, int]]) -> list[tuple[int, int]] | 
 
 
 def shape_of(name: str, shape: Any, argument: str = "shape") -> tuple[Any, ...]:
-    """A shape as a tuple of ints.
+    """A shape as a tuple of ints; one int is the shape of a vector.
 
     Raises:
-        AxisSpecError: it is no sequence of ints.
+        AxisSpecError: it is neither an int nor a sequence of ints.
         AxisError: one of them is negative.
     """
-    if not isinstance(shape, tuple | list) or not all(is_size(size) for size in shape):
-        hint = f" Write ({shape},)." if is_size(shape) else ""
-        raise AxisSpecError(f"{name}: {argument} must be a tuple of ints, but it is {shown(shape)}.{hint}")
-    if any(size < 0 for size in shape):
-        raise AxisError(f"{name}: {argument} must not be negative, but it is {tuple(shape)}.")
-    return tuple([size if isinstance(size, torch.SymInt) else int(size) for size in shape])
+    sizes = (shape,) if is_size(shape) else shape
+    if not isinstance(sizes, tuple | list) or not all(is_size(size) for size in sizes):
+        raise AxisSpecError(f"{name}: {argument} must be an int or a tuple of ints, but it is {_shown_shape(shape)}")
+    if any(size < 0 for size in sizes):
+        raise AxisError(f"{name}: {argument} must not be negative, but it is {shape if is_size(shape) else tuple(shape)}.")
+    return tuple([size if isinstance(size, torch.SymInt) else int(size) for size in sizes])
+
+
+def _shown_shape(shape: Any) -> str:
+    sizes = shape if isinstance(shape, tuple | list) else [shape]
+    if not any(isinstance(size, torch.Tensor) for size in sizes):
+        return f"{shown(shape)}."
+    texts = [describe(size) if isinstance(size, torch.Tensor) else repr(size) for size in sizes]
+    text = f"({', '.join(texts)}{',' if len(texts) == 1 else ''})" if isinstance(shape, tuple | list) else texts[0]
+    return (
+        f"{text}. Sizes must be known: under jit, name the argument they come from in static_argnums; in vmap, all samples "
+        f"share them."
+    )
 
 
 def is_size(value: Any) -> bool:

@@ -15,7 +15,7 @@ from torchbatch.errors import AxisError, InputTypeError
 from torchbatch.random.continuous import gumbels
 from torchbatch.random.discrete import below, first_of
 from torchbatch.random.keys import Key, KeyLike, is_size, parts, shape_of, single
-from torchbatch.random.uniforms import unit
+from torchbatch.random.uniforms import known, unit
 from torchbatch.random.words import integers
 
 
@@ -87,7 +87,7 @@ def _shuffled(key: Key, places: torch.Tensor, axis: int) -> torch.Tensor:
 def choice(
     key: KeyLike,
     a: Any,
-    shape: Sequence[int] = (),
+    shape: int | Sequence[int] = (),
     replace: bool = True,
     p: Any = None,
     axis: int = 0,
@@ -111,9 +111,9 @@ def choice(
         border of two slices may differ from JAX's, which adds probabilities in another order.
 
     Raises:
-        InputTypeError, AxisError: ``key`` is no single key, ``a`` neither a tensor nor an int, the shapes do not fit, or more
-            slices are to be drawn than there are.
-        AxisSpecError: ``shape`` is no tuple of ints.
+        InputTypeError, AxisError: ``key`` is no single key, ``a`` neither a tensor nor an int, the shapes do not fit, ``p`` holds
+            what is no probability, or more slices are to be drawn than there are.
+        AxisSpecError: ``shape`` is neither an int nor a tuple of ints.
 
     Example:
         >>> import torch
@@ -156,8 +156,11 @@ def _weighted(key: Key, count: int, population: int, replace: bool, p: Any, mode
     weights = weights.detach() if weights.is_floating_point() else weights.to(torch.get_default_dtype())
     if tuple(weights.shape) != (population,):
         raise AxisError(f"choice: p must be of shape [{population}], one for each slice, but it is {describe(weights)}.")
+    seen = known(weights)
+    if seen is not None and not bool(((seen >= 0) & (seen < math.inf)).all()):
+        raise AxisError(f"choice: p must hold numbers from 0 on, but it is {shown(p)}.")
     if not replace:
         return first_of(gumbels("choice", key, (population,), weights.dtype, mode) + weights.log(), count)
     totals = weights.cumsum(0)
     drawn = totals[-1] * (1 - unit(key, (count,), weights.dtype))
-    return torch.searchsorted(totals, drawn.contiguous())
+    return torch.searchsorted(totals, drawn.contiguous()).clamp(max=population - 1)  # NaN, which a trace may meet, is beyond

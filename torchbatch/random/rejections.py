@@ -13,15 +13,13 @@ from torchbatch.core.describe import describe, shown
 from torchbatch.errors import AxisError, AxisSpecError, UnsupportedOperationError
 from torchbatch.random import reuse
 from torchbatch.random.continuous import exponential
-from torchbatch.random.discrete import signs
-from torchbatch.random.keys import Key, KeyLike, children, parts, shape_of, single
+from torchbatch.random.discrete import DTYPES, saturated, signs
+from torchbatch.random.keys import Key, KeyLike, children, is_size, parts, shape_of, single
 from torchbatch.random.uniforms import broadcast, float_dtype, parameter
-
-_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def gamma(
-    key: KeyLike, a: Any, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
+    key: KeyLike, a: Any, shape: int | Sequence[int] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Numbers of the gamma distribution with scale 1.
 
@@ -52,7 +50,7 @@ def gamma(
 
 
 def loggamma(
-    key: KeyLike, a: Any, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
+    key: KeyLike, a: Any, shape: int | Sequence[int] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Logarithms of numbers of the gamma distribution, which for small ``a`` may be too small themselves.
 
@@ -172,7 +170,7 @@ def _slope(alpha: torch.Tensor, drawn: torch.Tensor, logarithm: bool) -> torch.T
 
 
 def beta(
-    key: KeyLike, a: Any, b: Any, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
+    key: KeyLike, a: Any, b: Any, shape: int | Sequence[int] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Numbers of the beta distribution.
 
@@ -208,7 +206,7 @@ def beta(
 
 
 def dirichlet(
-    key: KeyLike, alpha: Any, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
+    key: KeyLike, alpha: Any, shape: int | Sequence[int] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Vectors of the Dirichlet distribution, which are positive and add up to 1.
 
@@ -244,7 +242,7 @@ def dirichlet(
 
 
 def ball(
-    key: KeyLike, d: int, p: float = 2, shape: Sequence[int] = (), dtype: torch.dtype | None = None
+    key: KeyLike, d: int, p: float = 2, shape: int | Sequence[int] = (), dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Points that are uniformly distributed in the unit ball of a p-norm.
 
@@ -273,9 +271,13 @@ def ball(
     found = single("ball", key)
     dtype = float_dtype("ball", dtype)
     wide = _wide(dtype)
-    (size,) = shape_of("ball", (d,), "d")
+    if not is_size(d):
+        raise AxisSpecError(f"ball: d must be an int, but it is {shown(d)}.")
+    (size,) = shape_of("ball", d, "d")
     batch = shape_of("ball", shape)
     power = parameter("ball", "p", p, wide, found.device)
+    if power.dim():
+        raise AxisError(f"ball: p must be one number, but it is {describe(power)}. Map over it with vmap.")
     for_points, for_radius = parts(found, 2)
     for_gamma, for_sign = parts(for_points, 2)
     alpha = (1 / power).expand((*batch, size))
@@ -287,7 +289,7 @@ def ball(
 
 
 def poisson(
-    key: KeyLike, lam: Any, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
+    key: KeyLike, lam: Any, shape: int | Sequence[int] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Numbers of the Poisson distribution.
 
@@ -297,7 +299,7 @@ def poisson(
         key: a single key.
         lam: the rate, or a tensor of them.
         shape: the shape of the result; None is that of ``lam``.
-        dtype: an integer dtype; None is torch.int64.
+        dtype: an integer dtype; None is torch.int64. A number that it does not hold becomes the largest that it does.
 
     Returns:
         A tensor of ``shape``. For rates of 10 and more, a number may differ from JAX's where the two compute the logarithm of
@@ -315,11 +317,12 @@ def poisson(
     Source: ``jax.random.poisson``.
     """
     found = single("poisson", key)
-    if dtype is not None and dtype not in _WHOLE:
+    dtype = torch.int64 if dtype is None else dtype
+    if dtype not in DTYPES:
         raise AxisSpecError(f"poisson: dtype must be an integer dtype, but it is {shown(dtype)}.")
     rate = parameter("poisson", "lam", lam, torch.float32, found.device)
     size = broadcast("poisson", shape, lam=rate)
     flat = rate.expand(size).reshape(math.prod(size))
     reuse.use(found.first, found.second)
     drawn = draw_loops.call("poisson", found.first, found.second, flat, found.partitionable)
-    return drawn.reshape(size).to(torch.int64 if dtype is None else dtype)
+    return saturated(drawn.reshape(size), dtype)

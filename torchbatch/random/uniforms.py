@@ -84,7 +84,7 @@ def broadcast(
 
 
 def uniform(
-    key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None = None, minval: Any = 0.0, maxval: Any = 1.0
+    key: KeyLike, shape: int | Sequence[int] = (), dtype: torch.dtype | None = None, minval: Any = 0.0, maxval: Any = 1.0
 ) -> torch.Tensor:
     """Numbers that are uniformly distributed in ``[minval, maxval)``.
 
@@ -92,7 +92,7 @@ def uniform(
 
     Args:
         key: a single key.
-        shape: the shape of the result.
+        shape: the shape of the result; an int is the size of a vector.
         dtype: a floating-point dtype; None is PyTorch's default.
         minval: the least number, or a tensor of them that broadcasts to ``shape``.
         maxval: the upper bound, likewise.
@@ -102,7 +102,7 @@ def uniform(
 
     Raises:
         InputTypeError, AxisError: ``key`` is no single key, or a bound is no number or does not fit ``shape``.
-        AxisSpecError: ``shape`` is no tuple of ints, or ``dtype`` no floating-point dtype.
+        AxisSpecError: ``shape`` is neither an int nor a tuple of ints, or ``dtype`` no floating-point dtype.
 
     Example:
         >>> from torchbatch import random

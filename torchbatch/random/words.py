@@ -18,14 +18,14 @@ _UNSIGNED = {torch.uint8: 8, torch.uint16: 16, torch.uint32: 32, torch.uint64: 6
 _SIGNED = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
-def bits(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None = None) -> torch.Tensor:
+def bits(key: KeyLike, shape: int | Sequence[int] = (), dtype: torch.dtype | None = None) -> torch.Tensor:
     """Random bits: unsigned integers, all equally likely.
 
     Shapes: ``[] -> shape``.
 
     Args:
         key: a single key.
-        shape: the shape of the result.
+        shape: the shape of the result; an int is the size of a vector.
         dtype: torch.uint8, uint16, uint32 or uint64; None is uint32, as in JAX with 32-bit integers. PyTorch has few
             operations on the last three; ``.view(torch.int32)`` is the same bits with a sign.
 
@@ -34,7 +34,7 @@ def bits(key: KeyLike, shape: Sequence[int] = (), dtype: torch.dtype | None = No
 
     Raises:
         InputTypeError, AxisError: ``key`` is no single key.
-        AxisSpecError: ``shape`` is no tuple of ints, or ``dtype`` none of these.
+        AxisSpecError: ``shape`` is neither an int nor a tuple of ints, or ``dtype`` none of these.
 
     Example:
         >>> import torch

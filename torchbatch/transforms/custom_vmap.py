@@ -117,6 +117,8 @@ def sequential_vmap(fun: Callable[..., Any]) -> custom_vmap:
 
     Source: ``jax.custom_batching.sequential_vmap``.
     """
+    if not callable(fun):
+        raise AxisSpecError(f"sequential_vmap takes a function, but it got {shown(fun)}, which is not callable.")
     made = custom_vmap(fun)
 
     def one_by_one(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[Any, Any]:
