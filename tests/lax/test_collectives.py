@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchbatch
-from torchbatch import errors, lax, vmap
+from torchbatch import checkpoint, errors, grad, jit, lax, vmap
 
 jax = pytest.importorskip("jax")
 EVERY_WAY = pytest.mark.parametrize("how", ["eager", "jit", "inductor"], indirect=True)
@@ -750,3 +750,13 @@ def test_rule_17_a_value_that_escaped():
         over_i(lambda v: lax.psum(kept[0], "i"))
     with pytest.raises(errors.EscapedValueError):
         over_i(lambda v: lax.psum([v, kept[0]], "i"))
+
+
+@pytest.mark.parametrize("name", ["psum", "pmean", "pmax", "all_gather"])
+def test_a_checkpointed_function_that_closes_over_what_a_collective_takes(name):
+    w, collective = torch.tensor([2.0, 3.0]), getattr(lax, name)
+    plain = lambda w: (collective(w, "i") * w).sum()  # noqa: E731
+    kept = lambda w: checkpoint(lambda x: (collective(w, "i") * x).sum())(w)  # noqa: E731
+    found, expected = (vmap(grad(f), axis_name="i")(w) for f in (kept, plain))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(jit(vmap(grad(kept), axis_name="i"), backend="eager")(w), expected)

@@ -339,7 +339,6 @@ def test_forward_mode_inside_forward_mode(function):
         close(built(OURS, program)(torch.tensor(x)), by_whole(program, x), program)
 
 
-@pytest.mark.xfail(reason="jit loses a part of a gradient of a forward derivative of scan", strict=True)
 def test_jit_of_a_gradient_of_a_forward_derivative_of_scan():
     program = Program(("a",), (3,), (True,), ("grad", "jvp"), (Step("psum", ("a",), 0, "scan"),))
     x = value_of(program)

@@ -370,7 +370,7 @@ def summed(m, tree):
     st.booleans(),
     st.booleans(),
 )
-@settings(max_examples=8 if settings.default.max_examples <= 100 else 300)
+@settings(max_examples=5 if settings.default.max_examples <= 100 else 300)
 def test_programs(steps, around, reverse, jit):
     def program(m, x):
         def step(c, z):

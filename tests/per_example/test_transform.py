@@ -276,5 +276,5 @@ def test_what_is_no_loss() -> None:
         per_example.norms(loss)(torch.ones(3, dtype=torch.int64), x)
     with pytest.raises(GradientTypeError, match="there are no parameters"):
         per_example.norms(nn.Tanh(), F.mse_loss)(x, x)
-    with pytest.raises(AxisSpecError, match="criterion and adapter go with a module"):
+    with pytest.raises(AxisSpecError, match="criterion, adapter and batch_norm go with a module"):
         per_example.norms(loss, F.mse_loss)

@@ -13,7 +13,7 @@ from torch import nn
 import torchbatch
 from torchbatch import vmap
 from torchbatch.core.writes import may_keep
-from torchbatch.errors import EscapedValueError, InPlaceError, RandomnessError
+from torchbatch.errors import AxisError, EscapedValueError, InPlaceError, RandomnessError
 from torchbatch.testing import loop
 
 X = torch.arange(6.0).reshape(3, 2)
@@ -234,3 +234,14 @@ def test_an_error_of_pytorch_says_what_one_sample_is():
         "(raised inside vmap, where shapes may have the batch in front: argument x is float32[3,2], one sample of it "
         "float32[2])\n  in <lambda>, "
     )
+
+
+def test_an_operator_that_has_no_rule_for_a_named_axis_of_size_0():
+    assert vmap(torch.sin, axis_name="i")(torch.zeros(0)).shape == (0,)
+    with pytest.raises(AxisError, match="vmap: the axis named 'i' has size 0, for which an operator in shifted has no rule"):
+        vmap(shifted, axis_name="i")(torch.zeros(0))
+    assert vmap(shifted)(torch.zeros(0)).shape == (0,)
+
+
+def shifted(x):
+    return x + 1

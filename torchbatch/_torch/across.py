@@ -57,6 +57,11 @@ def number(level: int, size: int, device: torch.device | None) -> torch.Tensor:
     return result
 
 
+def part(value: torch.Tensor, level: int, size: int) -> torch.Tensor:
+    """An equal part of ``value`` for each sample of ``level``, which has none of its own: the sum over them is ``value``."""
+    return value / max(size, 1) * (number(level, size, value.device) >= 0)
+
+
 def pick(full: torch.Tensor, places: list[int]) -> torch.Tensor:
     """The entries of ``full`` at these places of its first axis, in a tensor of its own."""
     result: torch.Tensor = overlay.call(operator.getitem, (full, places), {})

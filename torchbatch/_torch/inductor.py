@@ -34,7 +34,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from torchbatch._torch import draw_lowerings as draw_lowerings  # tells the compiler of random draws
 from torchbatch._torch.graphs import Trace
-from torchbatch._torch.programs import programs_in
+from torchbatch._torch.programs import programs_of
+from torchbatch._torch.unused import without_unused
 from torchbatch.errors import AxisSpecError, CompilerError
 
 Run = Callable[[list[torch.Tensor]], Sequence[Any]]
@@ -74,6 +75,8 @@ def compile_graph(module: GraphModule, examples: Sequence[torch.Tensor], trace: 
     Raises:
         CompilerError: the compiler failed, or there is none.
     """
+    module, smaller = without_unused(module)
+    trace.programs.extend(smaller)
     _compile_programs(module, trace, patches)
     made: list[Any] = []
 
@@ -101,8 +104,9 @@ def compile_graph(module: GraphModule, examples: Sequence[torch.Tensor], trace: 
 
 def _compile_programs(module: GraphModule, trace: Trace, patches: Mapping[str, Any]) -> None:
     """Compile the bodies of the loops, and the branches, that a graph runs."""
-    for program in programs_in(module):
-        program.compile(lambda body: compile_graph(body.graph, body.examples, trace._replace(mode=body.mode), patches).run)
+    for program in programs_of(module):
+        mine = trace._replace(programs=program.inner)
+        program.compile(lambda body: compile_graph(body.graph, body.examples, mine._replace(mode=body.mode), patches).run)  # noqa: B023
 
 
 _TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)

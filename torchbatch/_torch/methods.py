@@ -5,23 +5,34 @@ Private names used, seen on torch 2.11, 2.13 and 2.15: ``torch._subclasses.fake_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from torchbatch._torch import levels
+from torchbatch._torch import levels, modes
 from torchbatch._torch.captured import called_backward
 from torchbatch.errors import UnsupportedOperationError
 
 
 class Methods(TorchFunctionMode):
-    """Refuses ``backward()`` and ``.grad``, which reach what is outside; records ``copy.copy`` and ``copy.deepcopy``."""
+    """Refuses ``backward()`` and ``.grad``, which reach what is outside; records ``copy.copy`` and ``copy.deepcopy``.
+
+    Args:
+        others: modes that are active too, and are to be so inside an ``autograd.Function``, as this one.
+    """
+
+    def __init__(self, others: Sequence[TorchFunctionMode] = ()) -> None:
+        super().__init__()
+        self._others = others
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.backward:
             raise called_backward()
+        if modes.calls_function(func):
+            return func(modes.Remembered([self, *self._others]).kept_by(args[0]), *args[1:])
         if func in _GRADIENT and _is_from_outside(args[0]):
             raise _used_gradient()
         if func is torch.Tensor.__deepcopy__ and args[0].is_leaf:  # PyTorch's own refuses the others

@@ -74,7 +74,7 @@ class Program:
         self.number = _number((type(self).__name__, details, [tuple(like) for like in results]), bodies)
         self._runs: list[Run] = [_replayed(body.graph) for body in bodies]
         self._is_compiled = False
-        self.inner = [_programs[number] for body in bodies for number in numbers_in(body.graph)]  # kept alive
+        self.inner = [program for body in bodies for program in programs_of(body.graph)]  # kept alive
         self.draws: bool = any(program.draws for program in self.inner) or any(_draws(body.graph) for body in bodies)
         _programs[self.number] = self
 
@@ -226,9 +226,14 @@ def _of(content: bytes) -> int:
 
 
 def numbers_in(graph: GraphModule) -> list[int]:
-    """The programs that a graph runs."""
+    """The numbers of the programs that a graph runs."""
     nodes = [node for operator in OPERATORS for node in graph.graph.find_nodes(op="call_function", target=operator)]
     return [node.args[1] for node in nodes]
+
+
+def programs_of(graph: GraphModule) -> list[Program]:
+    """The programs that a graph runs."""
+    return [_programs[number] for number in numbers_in(graph)]
 
 
 def programs_in(graph: GraphModule) -> list[Program]:

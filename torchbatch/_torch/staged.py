@@ -296,6 +296,21 @@ def _check_no_writes(module: GraphModule) -> None:
             )
 
 
+_REDUCED = (_aten.sum, _aten.mean, _aten.amax, _aten.amin, _aten.max, _aten.min, _aten.any, _aten.all)
+
+
+def is_fused(graph: GraphModule) -> bool:
+    """Whether a graph has only operations that a compiler fuses with others: on single numbers, views and reductions."""
+    return all(_is_simple(node.target) for node in graph.graph.nodes if node.op == "call_function")
+
+
+def _is_simple(operator: Any) -> bool:
+    if not isinstance(operator, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in operator.tags:
+        return False
+    is_view = any(result.alias_info is not None for result in operator._schema.returns)
+    return torch.Tag.pointwise in operator.tags or is_view or operator.overloadpacket in _REDUCED
+
+
 def called(program: Program, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The results of a program, as a step of the graph that is traced."""
     captured = _capturing()

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchbatch._torch import levels, lowered
+from torchbatch._torch import levels, lowered, modes
 from torchbatch._torch.guards import hidden_from_compile
 from torchbatch._torch.lowered import Transform, alive
 from torchbatch.core import batch, recompute
@@ -257,7 +257,7 @@ class _Recording:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         rule, *values = inputs
         ctx.rule = rule if isinstance(rule, Rule) else rule[0]
-        ctx.count = len(values)
+        ctx.count, ctx.modes = len(values), modes.Remembered(leaving_out=recompute.Swap)
         ctx.set_materialize_grads(False)
         kept = output[ctx.rule.outputs :]
         ctx.unkept = ctx.rule.outputs
@@ -269,14 +269,15 @@ class _Recording:
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors
         wanted = [bool(needed) for needed in ctx.needs_input_grad[1:]]
-        return (None, *ctx.rule.backward(saved[: ctx.count], saved[ctx.count :], cotangents, wanted))
+        with ctx.modes.again():
+            return (None, *ctx.rule.backward(saved[: ctx.count], saved[ctx.count :], cotangents, wanted))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         primals = ctx.saved_tensors[: ctx.count]
         moved = [levels.of_dtype(or_zeros(t, primal), primal) for primal, t in zip(primals, tangents[1:], strict=True)]
-        pushed: tuple[torch.Tensor, ...] = tuple(ctx.rule.push(primals, moved)[1])
-        return pushed
+        with ctx.modes.again():
+            return tuple(ctx.rule.push(primals, moved)[1])
 
 
 class _Recorded(_Recording, torch.autograd.Function):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torchbatch._torch import across, levels, staged, wrappers
+from torchbatch._torch import across, levels, modes, staged, wrappers
 from torchbatch.core import recompute
 from torchbatch.core.closures import tensors_in, with_tensors
 from torchbatch.core.frames import in_scope
@@ -65,7 +65,8 @@ class _ModulesThen:
 
     def __init__(self, function: Any) -> None:
         modules = {id(part): part for module in modules_of([function]) for part in module.modules()}
-        self._held = [(held, dict(held)) for part in modules.values() for held in (part._parameters, part._buffers)]
+        self._held: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._held += [(held, dict(held)) for part in modules.values() for held in (part._parameters, part._buffers)]
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -113,7 +114,7 @@ class _Put(recompute.Swap):
 
 
 class Surroundings:
-    """The mapped axes at one moment, to be had again where PyTorch has closed their levels and opens others for them.
+    """The mapped axes and the modes at one moment, to be had again where PyTorch has set them aside.
 
     A function that is differentiated runs below the transforms that are open, and PyTorch opens new levels for the samples. A
     token for each level, which is an input of the function, tells which one has taken its place.
@@ -123,12 +124,13 @@ class Surroundings:
         maps = list(levels.open_maps())
         self._levels = [level for level, _, _ in maps]
         self._frames = list(in_scope.stack)
+        self._modes = modes.Remembered(leaving_out=recompute.Swap)
         self.tokens = [across.number(level, size, None) for level, size, _ in maps]
         recompute.note(self.tokens)
 
     @contextlib.contextmanager
     def again(self, tokens: Sequence[torch.Tensor]) -> Iterator[None]:
-        """The mapped axes have the levels of these tokens."""
+        """The mapped axes have the levels of these tokens, and the modes are active."""
         now = {}
         for level, token in zip(self._levels, tokens, strict=True):
             found = next(levels.batch_levels(token), None)
@@ -138,6 +140,7 @@ class Surroundings:
         before = in_scope.stack
         in_scope.stack = [(name, size, now.get(level, level), values) for name, size, level, values in self._frames]
         try:
-            yield
+            with self._modes.again():
+                yield
         finally:
             in_scope.stack = before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,10 @@ class Program:
     def _flat(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         numbers = [inputs[i] for i in self.call.numbers]
         args, kwargs = self.call.arguments(inputs)
-        with IntegerIndices(), Methods(), WeakNumbers(numbers) if numbers else nullcontext():
+        modes = [IntegerIndices(), *([WeakNumbers(numbers)] if numbers else [])]
+        with ExitStack() as stack:
+            for mode in (*modes, Methods(modes)):
+                stack.enter_context(mode)
             leaves, self.structure = flatten(self.call.fun(*args, **kwargs))
             return [self._tensor(strong(leaf), i) for i, leaf in enumerate(leaves)]
 

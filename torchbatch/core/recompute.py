@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from torchbatch._torch import derivatives, draw_state, levels, wrappers
@@ -98,6 +97,19 @@ def paused() -> Iterator[None]:
         _running.mode = mode
         for each, was in zip(chain, before, strict=True):
             each.paused = was
+
+
+@contextlib.contextmanager
+def unnoted() -> Iterator[None]:
+    """First runs look at nothing: what runs here has been looked at before, and what it reads was told by :func:`seen`."""
+    chain = [mode for mode in _chain(_running.mode) if isinstance(mode, FirstRun) and not mode.paused]
+    for mode in chain:
+        mode.paused = True
+    try:
+        yield
+    finally:
+        for mode in chain:
+            mode.paused = False
 
 
 def _chain(mode: Swap | None) -> Iterator[Swap]:
@@ -331,7 +343,7 @@ class Segment:
             return self.again(_placed(inputs, wanted, values), wanted), ()
 
         with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):  # turns forward mode on
-            inputs = [forward_ad.unpack_dual(tensor).primal for tensor in inputs]  # type: ignore[no-untyped-call]
+            inputs = [derivatives.primal(tensor) for tensor in inputs]
             return derivatives.jvp(flat, [inputs[i] for i in wanted], tangents)[1]
 
 

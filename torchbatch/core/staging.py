@@ -15,11 +15,16 @@ from torchbatch._torch.programs import Choice, Scan, While
 from torchbatch._torch.staged import Grown, Named, Path, Places, Stack, Staged
 from torchbatch.core.derivative import is_inexact
 from torchbatch.core.frames import in_scope
-from torchbatch.core.recompute import needs_gradient, note
+from torchbatch.core.recompute import needs_gradient, note, unnoted
 from torchbatch.core.scalars import is_batched, looks_across, of_a_sample, selected
 
 Tensors = list[torch.Tensor]
 Step = Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]
+
+
+def _staged(body: Callable[..., Tensors], inputs: Tensors) -> Staged:
+    with unnoted():
+        return staged.stage(body, inputs)
 
 
 class _Body:
@@ -55,7 +60,7 @@ def scan(step: Step, carry: Tensors, xs: Tensors, length: int, reverse: bool) ->
             first, need = stack.lowered(carry, need)
             body = _Body(step, stack, need, x_places, first, slices)
             try:
-                found = staged.stage(body, [*staged.flat(first), *[value[0] for value in staged.flat(slices)]])
+                found = _staged(body, [*staged.flat(first), *[value[0] for value in staged.flat(slices)]])
                 break
             except Grown as grown:
                 need = need | grown.places
@@ -81,40 +86,67 @@ def repeat_while(
     holding = condition(carry)
     loop = _WhileLoop(condition, fun, carry, holding)
     with Stack() as stack:
+        loop.keeps_mask = loop.masked and not _is_cheap(condition, carry, stack)
         need: Places = frozenset()
         while True:
             with stack.everything():
                 values = loop.values()
             first, need = stack.lowered(values, need)
-            body = _Body(loop.step, stack, need, frozenset(), first, {})
+            body = _WhileBody(loop.step, stack, need, frozenset(), first, {})
             try:
-                found = staged.stage(body, staged.flat(first))
-                break
+                found = _staged(body, [*staged.flat(first), torch.ones((), dtype=torch.bool, device=holding.device)])
             except Grown as grown:
                 need = need | grown.places
-                if not loop.masked and _is_batched_in(stack, need, len(values) - 1):
-                    loop.mask()
-                    need = frozenset()
-        program = While([found.body], found.results, carried=len(first))
-        out = staged.called(program, [*staged.flat(first), *found.captured])
-        new = stack.raised(dict(zip(sorted(first), out, strict=True)), need)[: len(carry)]
+                continue
+            if loop.masked or not body.y_places:
+                break
+            loop.mask()
+            loop.keeps_mask, need = not _is_cheap(condition, carry, stack), frozenset()
+        count = len(first)
+        program = While([found.body], found.results, carried=count + 1)
+        goes_on = _anywhere(staged.flat(stack.lowered([holding])[0])[0])
+        out = staged.called(program, [*staged.flat(first), goes_on, *found.captured])
+        new = stack.raised(dict(zip(sorted(first), out[:count], strict=True)), need)[: len(carry)]
     note(new)
     begin = [needs_gradient(values[path[0]]) for path in sorted(first)]
     outside = [reads_moving and is_inexact(value) for value in found.captured]
-    moved = {path[0] for path, moves in zip(sorted(first), program.moved_by([*begin, *outside]), strict=True) if moves}
+    moves = program.moved_by([*begin, False, *outside])
+    moved = {path[0] for path, moves in zip(sorted(first), moves[:count], strict=True) if moves}
     return new, [i in moved for i in range(len(carry))]
 
 
-def _is_batched_in(stack: Stack, places: Places, index: int) -> bool:
-    return any(path == (index,) for _, path in places)
+def _anywhere(holding: torch.Tensor) -> torch.Tensor:
+    return holding.any() if holding.dim() else holding
+
+
+class _WhileBody(_Body):
+    """One whose steps have one result, a truth value; it returns, after the carry, whether that holds in any sample.
+
+    Its last argument is the truth value of the step before, which it does not need.
+    """
+
+    def __call__(self, *values: torch.Tensor) -> Tensors:
+        *carry, holding = super().__call__(*values[:-1])
+        return [*carry, _anywhere(holding)]
+
+
+def _is_cheap(condition: Callable[[Tensors], torch.Tensor], carry: Tensors, stack: Stack) -> bool:
+    """Whether the compiler fuses a condition with what is around, so that it costs less to compute it anew than to keep it."""
+    first, places = stack.lowered(carry)
+    body = _Body(lambda values, _: ([], [condition(values)]), stack, places, frozenset(), first, {})
+    found = _staged(body, staged.flat(first)).body.graph
+    return staged.is_fused(found)
 
 
 class _WhileLoop:
     """What a ``while_loop`` carries: the values, then, if samples may end at different times, values for which the condition
-    held (see :mod:`torchbatch.core.steps`), and the condition."""
+    held (see :mod:`torchbatch.core.steps`), and where it holds, if that is not computed anew. Compiled code handles numbers much
+    faster than truth values, so this is an int32.
+    """
 
     def __init__(self, condition: Any, fun: Any, carry: Tensors, holding: torch.Tensor) -> None:
         self._condition, self._fun, self._carry, self._holding = condition, fun, carry, holding
+        self.keeps_mask = True
         self.masked = is_batched(holding)
         self._seen = self.masked and looks_across(holding)
 
@@ -124,21 +156,26 @@ class _WhileLoop:
 
     def values(self) -> Tensors:
         """What the loop begins with."""
-        if not self.masked or self._seen:
-            return [*self._carry, self._holding]
+        if not self.masked:
+            return list(self._carry)
+        mask = [self._holding.int()] if self.keeps_mask else []
+        if self._seen:
+            return [*self._carry, *mask]
         valid = of_a_sample(self._holding, self._carry) if is_batched(self._holding) else self._carry
-        return [*self._carry, *selected(self._holding, self._carry, valid), self._holding]
+        return [*self._carry, *selected(self._holding, self._carry, valid), *mask]
 
     def step(self, values: Tensors, _: Tensors) -> tuple[Tensors, Tensors]:
-        """One step for all samples."""
-        count, holding = len(self._carry), values[-1]
-        carry, valid = values[:count], values[count:-1]
+        """One step for all samples; its result is where the condition holds then."""
+        count = len(self._carry)
+        carry, rest = values[:count], values[count:]
         if not self.masked:
             new = self._fun(carry)
-            return [*new, self._condition(new)], []
+            return new, [self._condition(new)]
+        holding, valid = (rest[-1] != 0, rest[:-1]) if self.keeps_mask else (self._condition(carry), rest)
         given = selected(holding, carry, valid) if valid else carry
         new = selected(holding, self._fun(given), carry)
-        return [*new, *(given if valid else ()), self._condition(new)], []
+        goes_on = self._condition(new)
+        return [*new, *(given if valid else ()), *([goes_on.int()] if self.keeps_mask else ())], [goes_on]
 
 
 def choose(index: torch.Tensor, branches: Sequence[Callable[[], Tensors]]) -> Tensors:
@@ -169,7 +206,7 @@ class _Branch:
         self.places: Places = frozenset()
         self.paths: list[Path] = []
         self._thunk, self._stack, self._need = thunk, stack, need
-        self.staged: Staged = staged.stage(self._run, [])
+        self.staged = _staged(self._run, [])
 
     def _run(self) -> Tensors:
         with self._stack.everything():

@@ -9,7 +9,7 @@ import torch
 
 from torchbatch._torch import across, traced
 from torchbatch._torch.escape import EscapedTensor
-from torchbatch.core import tree
+from torchbatch.core import recompute, tree
 from torchbatch.core.arrays import as_tensor
 from torchbatch.core.describe import shown
 from torchbatch.core.frames import AxisFrame, find
@@ -107,6 +107,14 @@ def no_groups(groups: Groups, who: str) -> None:
         )
 
 
+def _noted(function: Callable[[_Tensor], _Tensor], value: _Tensor) -> _Tensor:
+    """``function(value)``, which ``checkpoint`` and the like do not see as an operation: they are asked and told."""
+    (value,) = recompute.seen([value])
+    result = function(value)
+    recompute.note(tree.flatten(result)[0])
+    return result
+
+
 def over_leaves(function: Callable[[_Tensor], _Tensor], x: Any, who: str, of_number: Callable[[Any], Any] | None = None) -> Any:
     """``function`` over the tensors and arrays in ``x``, and ``of_number``, if given, over its Python numbers."""
 
@@ -118,7 +126,7 @@ def over_leaves(function: Callable[[_Tensor], _Tensor], x: Any, who: str, of_num
         value = as_tensor(leaf)
         if value is None:
             raise InputTypeError(f"{who} takes tensors, arrays, numbers and trees of them, but it got {shown(leaf)}.")
-        return function(value)
+        return function(value) if _is_compiling() else _noted(function, value)
 
     if isinstance(x, _Tensor):
         return one(x)

@@ -16,6 +16,7 @@ from torchbatch.errors import AxisError, GradientTypeError, InputTypeError
 from torchbatch.per_example import draws, loops
 from torchbatch.per_example.factors import Gradients
 from torchbatch.per_example.losses import FunctionLoss, ModuleLoss, said
+from torchbatch.per_example.one_way import OneWay
 from torchbatch.transforms.vmap import vmap
 
 
@@ -122,20 +123,33 @@ class Batch:
         """In words, what was done with the gradients of each parameter."""
         return [each.how() for each in self._found]
 
-    def along(self, tangents: Sequence[Tensor]) -> Tensor:
-        """The derivatives of the losses along one direction of the parameters, ``[B]``, in forward mode."""
+    def along(self, tangents: Sequence[Tensor]) -> Tensor | None:
+        """The derivatives of the losses along one direction of the parameters, ``[B]``, in forward mode.
+
+        None, where forward mode does not find what a backward pass does, or does not exist for all that is computed.
+        """
         leaves, count = [*self.leaves, *tangents], len(self.leaves)
+        one_way = OneWay(self._loss.roots)
 
         def moved(*values: Tensor) -> list[Tensor]:
             def flat(*inner: Tensor) -> Any:
-                return (self.loss(inner, values[2 * count :]),), ()
+                with torch.enable_grad(), one_way:
+                    return (self.loss(inner, values[2 * count :]),), ()
 
             primals, directions = list(values[:count]), list(values[count : 2 * count])
             return list(guarded(derivatives.jvp, self._loss.__name__, flat, primals, directions)[1])
 
+        if one_way.found:
+            return None
         if not self._is_traced():
-            return self._mapped(moved, leaves, randomness="different")[0]  # type: ignore[no-any-return]
-        taken = self._taken(lambda *values: moved(*values[:-1]), leaves)
+            found = self._mapped(moved, leaves, randomness="different")[0]
+            return None if one_way.found else found  # type: ignore[no-any-return]
+        try:
+            taken = self._taken(lambda *values: moved(*values[:-1]), leaves)
+        except RuntimeError:  # the gradients say what is wrong, if it is more than forward mode
+            return None
+        if one_way.found:
+            return None
         return self._mapped(taken.run, leaves, self.keys, captured=taken.captured)[0]  # type: ignore[no-any-return]
 
     def _is_traced(self) -> bool:

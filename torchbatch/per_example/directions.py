@@ -140,6 +140,7 @@ class Gram(PerExample):
     def __init__(self, other: Any, model: Any, criterion: Any, options: Options) -> None:
         self._inner, self._other = Inner(), other if other is None or isinstance(other, tuple) else (other,)
         super().__init__("gram", self._inner, model, criterion, options)
+        self._made_of = other, model, criterion, options
 
     def _others(self, batch: Any) -> tuple[Any, int]:
         others = batch if self._other is None else self._loss.batch(self._other, self._who)

@@ -22,6 +22,7 @@ class FunctionLoss:
 
     def __init__(self, fun: Callable[..., Any]) -> None:
         self.fun, self.__name__ = fun, function_name(fun)
+        self.roots: tuple[Any, ...] = (fun,)
 
     def split(self, args: tuple[Any, ...], who: str) -> tuple[Any, Any]:
         """The parameters and the batch of a call."""
@@ -78,6 +79,7 @@ class ModuleLoss:
     ) -> None:
         self.model, self.criterion, self._targets, self._adapter = model, criterion, targets, adapter
         self._batch_norm = batch_norm
+        self.roots: tuple[Any, ...] = model, criterion
         self.__name__ = type(model).__name__
 
     def parameters(self) -> dict[str, torch.Tensor]:

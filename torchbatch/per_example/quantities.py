@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -223,15 +224,23 @@ class Along(Quantity):
         return matching(self._who, "v", self._v, params)
 
     def of(self, batch: Batch, extra: list[Tensor]) -> Found:
-        products = batch.along(extra)
+        moved = None if self._is_cosine else batch.along(extra)
+        if moved is not None:
+            return [moved], []
+        gradients = batch.gradients()
+        products: Tensor = _sum(_real(each.projected(v.conj()[None])[:, 0]) for each, v in zip(gradients, extra, strict=True))
         if not self._is_cosine:
             return [products], []
-        square = _sum(each.squares() for each in batch.gradients())
+        square = _sum(each.squares() for each in gradients)
         length = _sum(value.abs().square().sum() for value in extra)
         return [products / (square.to(products.dtype) * length.to(products.dtype)).sqrt()], []
 
     def finish(self, each: list[Tensor], total: list[Tensor], params: Params, count: int) -> Any:
         return each[0].to(_result_dtype(params))
+
+
+def _real(value: Tensor) -> Tensor:
+    return value.real if value.is_complex() else value
 
 
 def matching(who: str, what: str, given: Any, params: Params, more: int = 0) -> list[Tensor]:
@@ -251,8 +260,6 @@ def matching(who: str, what: str, given: Any, params: Params, more: int = 0) -> 
                 f"{describe(parameter)} is needed."
             )
     return [leaf.to(parameter.dtype) for leaf, parameter in zip(leaves, params.leaves, strict=True)]
-
-
 
 
 class Projected(Quantity):
@@ -289,11 +296,10 @@ class Projected(Quantity):
         return each[0].to(_result_dtype(params)) if not each[0].is_complex() else each[0]
 
 
-class Inner(Quantity):
-    """The inner products with the gradients of another batch, which is set before it runs."""
+class Inner(Quantity, threading.local):
+    """The inner products with the gradients of another batch, which is set before it runs, in each thread."""
 
-    def __init__(self) -> None:
-        self.other: Any = None
+    other: Any = None
 
     def extra(self, params: Params) -> list[Tensor]:
         values, keys = self.other

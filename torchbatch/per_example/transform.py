@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -19,9 +20,11 @@ from torchbatch.per_example.batch import Batch, Params, size_of
 from torchbatch.per_example.factors import wide
 from torchbatch.per_example.losses import Adapter, loss_of
 from torchbatch.per_example.memory import Progress
+from torchbatch.per_example.settings import Settings, settings_of
 from torchbatch.transforms.jit import jit
 
 Found = tuple[list[Tensor], list[Tensor]]
+_MOST_SETTINGS = 8  # for so many the traces are kept
 
 
 class Options(TypedDict, total=False):
@@ -62,16 +65,23 @@ class PerExample(Wrapper):
         _check_names(who, options)
         loss = loss_of(model, criterion, options.get("targets", 1), options.get("adapter"), who, options.get("batch_norm"))
         super().__init__(model, criterion)
+        self._made_of: tuple[Any, ...] = who, quantity, model, criterion, options
         self._loss, self._quantity, self._who = loss, quantity, who
         self._chunk_size, self._budget = _checked_sizes(who, options)
         self._compile = _checked_compile(who, options.get("compile", "auto"))
         self._sizes: dict[Any, int] = {}
         self._runs = {name: jit(self._named(), static_argnums=1, backend=name) for name in ("eager", "inductor")}
         self._seen: set[Any] = set()
+        self._settings, self._lock = Settings(), threading.Lock()
+        self._known: set[Settings] = set()
         self._told: list[str] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._made_of
 
     def __call__(self, /, *args: Any) -> Any:
         self._loss.check(self._who)
+        self._look_at_settings()
         given, batch = self._loss.split(args, self._who)
         params, count = Params(given, self._who), size_of(batch, self._who)
         if guards.inside_other():
@@ -92,6 +102,8 @@ class PerExample(Wrapper):
             bias    made for each example: it is a vector
             weight  never made: its norm and its sum come from the factors of its product
         """
+        self._loss.check(self._who)
+        self._look_at_settings()
         given, batch = self._loss.split(args, self._who)
         params, count = Params(given, self._who), size_of(batch, self._who)
         chunk = Chunk.of(batch, 0, max(count, 1), max(count, 1), params)
@@ -101,6 +113,27 @@ class PerExample(Wrapper):
         width = max(map(len, names), default=0)
         lines = [f"{name:{width}}  {how}" for name, how in zip(names, self._told, strict=True)]
         return "\n".join(lines) or f"{self._who} needs no gradients of single examples: it is a forward-mode derivative"
+
+    def _look_at_settings(self) -> None:
+        """Have the loss traced anew where a Python value that it depends on is not what it was."""
+        before, now = self._settings, settings_of(*self._loss.roots)
+        self._settings = now
+        if now == before:
+            return
+        with self._lock:
+            self._known.add(now)
+            if len(self._known) <= _MOST_SETTINGS:
+                return
+            self._known = {now}
+            for run in self._runs.values():
+                run.clear_cache()
+        warnings.warn(
+            f"{self._who} was traced for {_MOST_SETTINGS + 1} sets of Python values that {self._loss.__name__} depends on, which "
+            f"takes longer than the computation. Last there was another {', '.join(now.changed(before)) or 'order of them'}. Let "
+            f"what changes at each call be a tensor that is written in place (a buffer), or a part of the batch.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     def _from_seed(self, params: Params, batch: Any, count: int) -> Found:
         """All examples; what they draw follows from the state of PyTorch's generator."""
@@ -155,13 +188,14 @@ class PerExample(Wrapper):
     def _arguments(self, params: Params, chunk: Chunk, words: Tensor) -> tuple[Any, ...]:
         device = params.leaves[0].device
         keys = draws.keys(words.to(device), chunk.start, chunk.size)
-        return params.leaves, params.structure, chunk.values, keys, chunk.present, self._quantity.extra(params)
+        static = Static(params.structure, self._settings)
+        return params.leaves, static, chunk.values, keys, chunk.present, self._quantity.extra(params)
 
     def _backend(self, params: Params, batch: Any, size: int) -> str:
         """Which backend of jit runs a call: with ``compile="auto"`` Inductor, if there was a call of that kind before."""
         if self._compile != "auto":
             return "inductor" if self._compile else "eager"
-        key = size, *_likes(params, batch)
+        key = self._settings, size, *_likes(params, batch)
         known = key in self._seen
         self._seen.add(key)
         return "inductor" if known else "eager"
@@ -185,11 +219,18 @@ class PerExample(Wrapper):
         compute.__name__ = compute.__qualname__ = self._loss.__name__
         return compute
 
-    def _compute(self, leaves: Any, structure: Any, examples: Any, keys: Tensor, present: Tensor, extra: Any) -> Any:
-        batch = Batch(self._loss, leaves, structure, examples, keys, present)
+    def _compute(self, leaves: Any, static: Static, examples: Any, keys: Tensor, present: Tensor, extra: Any) -> Any:
+        batch = Batch(self._loss, leaves, static.structure, examples, keys, present)
         each, total = self._quantity.of(batch, extra)
         self._told = batch.told()
         return each, total, batch.draws
+
+
+class Static(NamedTuple):
+    """What a trace depends on beside tensors."""
+
+    structure: Any
+    settings: Settings
 
 
 def _likes(params: Params, batch: Any) -> tuple[Any, ...]:

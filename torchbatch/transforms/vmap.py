@@ -168,9 +168,17 @@ class Vmapped(Wrapper):
             )
         if size == 0 and self._name is None:
             return empty.run(call, mapped, self._randomness, self._out, bool(self._writes))
-        return batch.run(
-            call, mapped.values, mapped.axes, size, self._name, self._randomness, self._finish, self._writes
-        )
+        try:
+            return batch.run(
+                call, mapped.values, mapped.axes, size, self._name, self._randomness, self._finish, self._writes
+            )
+        except IndexError as error:
+            if size:
+                raise
+            raise AxisError(
+                f"vmap: the axis named {self._name!r} has size 0, for which an operator in {function_name(fun)} has no rule in "
+                f"PyTorch. Without axis_name the function is run on one made-up sample instead."
+            ) from error
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         in_axes, out_axes, *_ = self.options
