@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from torchbatch import vmap
-from torchbatch.core.describe import describe, function_name, shown
+from torchbatch import jit, vmap
+from torchbatch.core.describe import describe, function_name, method_name, shown
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,19 @@ def test_shown(value, text):
 def test_shown_is_one_short_line():
     text = shown(np.zeros((50, 50)))
     assert "\n" not in text and len(text) < 160
+
+
+def test_shown_says_nothing_of_how_transforms_work():
+    said = []
+    torch.func.grad(lambda x: (said.append(shown(x)), x.sum())[1])(torch.zeros(2, 3))
+    vmap(lambda x: (said.append(shown(x)), x)[1])(torch.zeros(2, 3))
+    jit(lambda x: (said.append(shown(x)), x)[1], backend="eager")(torch.zeros(3))
+    assert said == ["float32[2,3] of type Tensor", "float32[3] of type Tensor", "float32[3] of type Tensor"]
+
+
+def test_method_name():
+    assert method_name(abs, "defjvp") == "abs.defjvp"
+    assert method_name(lambda: 1, "defjvp") == "its method defjvp"
 
 
 def test_function_name():

@@ -718,6 +718,12 @@ TROUBLE = {
     "ppermute(v, 'i', [(0, 1), (2, 1)])": r"ppermute needs .* but destination 1 is there twice: \[\(0, 1\), \(2, 1\)\]\.",
     "ppermute(v, 'i', [(0, 1), (-1, -2)])": r"ppermute needs .* but destination 1 is there twice",
     "ppermute(v, 'i', [(0, 3)])": r"ppermute got the pair \(0, 3\) in perm, but there are 3 samples: they run from 0 to 2\.",
+    "ppermute(v, 'i', [1, 2, 0])": r"ppermute needs a perm of pairs \(source, destination\), but it is \[1, 2, 0\] of type list\.",  # noqa: E501
+    "ppermute(v, 'i', [(0, 1, 2)])": r"ppermute needs a perm of pairs .* but it is \[\(0, 1, 2\)\] of type list\.",
+    "ppermute(v, 'i', 1)": r"ppermute needs a perm of pairs .* but it is 1 of type int\.",
+    "ppermute(v, 'i', [(0, 0.5)])": r"ppermute needs ints in perm, but one is 0\.5 of type float\.",
+    "pshuffle(v, 'i', 2)": r"pshuffle needs a perm that is a list of ints, but it is 2 of type int\.",
+    "pshuffle(v, 'i', [0.5, 1, 2])": r"pshuffle needs ints in perm, but one is 0\.5 of type float\.",
     "pshuffle(v, 'i', [0, 0, 1])": r"pshuffle needs a perm that holds each number from 0 to 2 once, but it is \[0, 0, 1\]\.",
     "pshuffle(v, 'i', [0, 1])": r"pshuffle needs a perm that holds each number from 0 to 2 once, but it is \[0, 1\]\.",
     "pbroadcast(v, 'i', 3)": r"pbroadcast got source=3, but there are 3 samples: they run from 0 to 2\.",

@@ -41,6 +41,21 @@ REFUSED = {
         "identical types.*float32[] .*bool[]",
     ),
     "index is no integer": (lambda m, x: m.lax.switch(x[0], [lambda: 1, lambda: 2]), errors.InputTypeError, "index .*float32"),
+    "no list of branches": (
+        lambda m, x: m.lax.switch(0, 1, x),
+        errors.AxisSpecError,
+        "switch: branches must be a list of functions, but it is 1 of type int",
+    ),
+    "carry of another kind of tree": (
+        lambda m, x: m.lax.scan(lambda c, z: ({"a": c[0]}, z), (x, x), x),
+        errors.OutputTypeError,
+        "differ. carry goes in as a tuple of length 2 and comes out as a dict with keys ['a']. Return it as it goes in.",
+    ),
+    "a part of the value of another structure": (
+        lambda m, x: m.lax.while_loop(lambda c: c["a"][0] < 3, lambda c: {"a": (c["a"][0] + 1,)}, {"a": (0, x)}),
+        errors.OutputTypeError,
+        "the value['a'] goes in as a tuple of length 2 and comes out as a tuple of length 1. Return it",
+    ),
     "no branches": (lambda m, x: m.lax.switch(0, []), errors.AxisError, "at least one"),
     "select of other shapes": (
         lambda m, x: m.lax.select(x > 0, x, x[:1]),

@@ -27,6 +27,14 @@ SHARED = {
     "both": lambda lax, m: lambda x, w: lax.scan(lambda c, t: (c + m.sum(w * t), lax.psum(t * t * c, "i") * w), m.sum(w), x)[1],
     "by number": lambda lax, m: lambda x, w: lax.map(lambda t: lax.psum(lax.axis_index("i") * t * t, "i"), w),
 }  # fmt: skip
+ACROSS_TWO = {
+    "over the outer axis": lambda lax, m: lambda x, w: lax.map(lambda t: lax.psum(t * t * w, "i"), x),
+    "over both axes, and a choice of each sample": lambda lax, m: lambda x, w: lax.cond(
+        lax.psum(x[0], "i") > 5, lambda: lax.psum(x * w, ("i", "j")), lambda: lax.psum(w, "j")
+    ),
+    "both": SHARED["both"],
+}
+PROGRAMS = SHARED | ACROSS_TWO
 
 
 def mapped(lib, f, **options):
@@ -55,11 +63,11 @@ def in_jax(transform, name, *values):
     class Jax:
         grad, vmap, hessian, jacrev, sin = jax.grad, jax.vmap, jax.hessian, jax.jacrev, jax.numpy.sin
 
-    return jax.tree.leaves(transform(Jax, SHARED[name](jax.lax, jax.numpy))(*values))
+    return jax.tree.leaves(transform(Jax, PROGRAMS[name](jax.lax, jax.numpy))(*values))
 
 
 def in_torch(transform, name, *values, through=lambda f: f):
-    found = through(transform(Torch, SHARED[name](lax, torch)))(*map(torch.tensor, values))
+    found = through(transform(Torch, PROGRAMS[name](lax, torch)))(*map(torch.tensor, values))
     return torchbatch.tree.flatten(found)[0]
 
 
@@ -112,3 +120,27 @@ def test_reverse_jacobian(name):
 @pytest.mark.parametrize("name", ["psum in map", "both", "choice"])
 def test_gradient_inside_the_map(name):
     check(lambda lib, f: mapped(lib, lib.grad(lambda x, w: f(x, w).sum(), argnums=(0, 1))), name, X, W)
+
+
+def across_two(lib, f):
+    both = lib.vmap(lib.vmap(f, in_axes=(0, None), axis_name="j"), in_axes=(0, None), axis_name="i")
+    return lib.grad(lambda x, w: lib.sin(both(x, w)).sum(), argnums=(0, 1))
+
+
+@pytest.mark.parametrize("name", ACROSS_TWO)
+def test_gradient_around_two_maps(name):
+    check(across_two, name, np.stack([X, X + 1, X - 2]), W)
+
+
+def test_forward_mode_of_a_gradient_around_the_map():
+    """PyTorch gives ``prod`` a mapped tangent in the step that runs again, where the product is not mapped."""
+
+    def gathered(x, w):
+        return lax.map(lambda t: lax.all_gather(t * w, "i").prod(0), x)
+
+    def second(w):
+        gradient = torchbatch.grad(lambda w: mapped(Torch, gathered)(torch.tensor(X), w).sin().sum())
+        return torchbatch.jvp(gradient, (w,), (torch.ones(2),))[1]
+
+    w = torch.tensor([0.2, 0.3])
+    torch.testing.assert_close(traced(second)(w), second(w), rtol=1e-4, atol=1e-4)

@@ -172,6 +172,29 @@ def test_a_lazy_module():
         per_example.norms(nn.LazyLinear(2), F.mse_loss)(torch.randn(3, 3), torch.randn(3, 2))
 
 
+def test_a_scripted_module():
+    with pytest.raises(GradientTypeError, match=r"^norms: RecursiveScriptModule is TorchScript, which cannot be traced."):
+        per_example.norms(torch.jit.script(nn.Linear(3, 2)), F.mse_loss)(torch.randn(3, 3), torch.randn(3, 2))
+
+
+class Causal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+        self.encoder, self.out = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+        return self.out(self.encoder(x, mask=mask)[:, -1])
+
+
+def test_a_transformer_does_not_ask_whether_its_mask_is_causal():
+    torch.manual_seed(0)
+    model, batch = Causal().double(), (torch.randn(3, 4, 4, dtype=torch.float64), torch.tensor([0, 2, 1]))
+    found = per_example.gradients(model, F.cross_entropy, compile=False)(*batch)
+    assert_close(found, loop.gradients(Case(model, F.cross_entropy, batch)), 1e-10)
+
+
 def test_statistics_of_a_single_number():
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     with pytest.raises(AxisError, match=r"a layer sees a single number for each channel of it, as the shape \(1, 2\) has"):

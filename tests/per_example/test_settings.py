@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchbatch import per_example
+from torchbatch.errors import InputTypeError
 
 x, y = torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(5, 3), torch.tensor([0, 1, 2, 1, 0])
 temperature = 1.0
@@ -162,7 +163,8 @@ class Hooked(Words):
         self.out.register_full_backward_hook(lambda module, given, taken: (given[0] * 2,))
 
 
-_ONE_WAY = [lambda: Words(padding_idx=1), lambda: Words(scale_grad_by_freq=True), Frozen, Adversary, Hooked]
+_OPTIONS = [{"padding_idx": 0}, {"padding_idx": -1}, {"scale_grad_by_freq": True}]
+_ONE_WAY = [*[functools.partial(Words, **options) for options in _OPTIONS], Frozen, Adversary, Hooked]
 
 
 @pytest.mark.parametrize("make", _ONE_WAY)
@@ -178,6 +180,13 @@ def test_forward_mode_is_left_where_it_is_not_what_a_backward_pass_computes(make
     found = quantity(model, F.cross_entropy, v=v, compile=False)
     torch.testing.assert_close(found(numbers, y), expected, rtol=1e-10, atol=1e-12)
     assert "made for each example" in found.explain(numbers, y)
+
+
+def test_a_batch_by_name_and_arguments_in_the_wrong_order():
+    with pytest.raises(InputTypeError, match=r"^norms: the batch is given by position, but target is a keyword"):
+        per_example.norms(nn.Linear(3, 3), F.cross_entropy)(x, target=y)
+    with pytest.raises(InputTypeError, match=r"^norms: the module comes first and the criterion second, but the first"):
+        per_example.norms(F.cross_entropy, nn.Linear(3, 3))
 
 
 def test_forward_mode_stays_where_it_is_right():

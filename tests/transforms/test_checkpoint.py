@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from torchbatch.errors import GradientTypeError, GradientValueError, UnsupportedOperationError
+from torchbatch.lax import scan
 from torchbatch.transforms.checkpoint import checkpoint
 from torchbatch.transforms.grad import grad, jvp, linearize, vjp
 from torchbatch.transforms.jacobian import hessian, jacfwd, jacrev
@@ -97,6 +98,21 @@ def test_around_vmap(mapped, make):
     rows = ROWS.clone().requires_grad_()
     mapped(make(checkpoint))(rows).sum().backward()
     torch.testing.assert_close(rows.grad, expected)
+
+
+@VMAPS
+@pytest.mark.parametrize("make", [lambda c: closed(c, []), lambda c: lambda x: c(Counted())(x).sum()])
+@pytest.mark.parametrize("name", ["jvp", "jacfwd", "hessian", "forward over forward"])
+def test_forward_mode_around_vmap(mapped, make, name):
+    expected = TRANSFORMS[name](lambda rows: torch.func.vmap(make(plain))(rows).sum())(ROWS)
+    torch.testing.assert_close(TRANSFORMS[name](lambda rows: mapped(make(checkpoint))(rows).sum())(ROWS), expected)
+
+
+def test_forward_mode_around_vmap_of_a_loop():
+    def steps(c):
+        return vmap(lambda x: scan(c(lambda carry, _: (torch.sin(carry) * x, None)), x, None, length=2)[0])
+
+    torch.testing.assert_close(jvp(steps(checkpoint), (ROWS,), (ROWS,)), jvp(steps(plain), (ROWS,), (ROWS,)))
 
 
 def test_runs_once_forward_and_once_backward():

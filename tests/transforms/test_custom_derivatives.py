@@ -429,6 +429,15 @@ def test_there_must_be_a_rule():
         custom_jvp(plain)(X, Y)
     with pytest.raises(UnsupportedOperationError, match=re.escape("Give it one with plain.defvjp.")):
         custom_vjp(plain)(X, Y)
+    with pytest.raises(UnsupportedOperationError, match=re.escape("Give it one with its method defjvp.")):
+        custom_jvp(lambda x: x)(X)
+
+
+def test_a_wrong_result_of_a_rule_is_described():
+    made = custom_jvp(torch.sin)
+    made.defjvp(lambda primals, tangents: torch.sin(primals[0]))
+    with pytest.raises(GradientTypeError, match=re.escape("but it returned float32[] of type Tensor.")):
+        grad(made)(torch.tensor(1.0))
 
 
 def test_forward_mode_of_a_vjp_is_an_error_as_in_jax():

@@ -314,6 +314,8 @@ def test_there_must_be_a_rule():
         UnsupportedOperationError, match=re.escape("custom_vmap: plain has no rule. Give it one: @plain.def_vmap.")
     ):
         custom_vmap(plain)(X, Y)
+    with pytest.raises(UnsupportedOperationError, match=re.escape("<lambda> has no rule. Give it one with its method def_vmap.")):
+        custom_vmap(lambda x: x)(X)
 
 
 @pytest.mark.parametrize(

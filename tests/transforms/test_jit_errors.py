@@ -289,6 +289,17 @@ def test_a_tensor_is_made_of_a_list_of_tensors(fun, call):
     assert str(raised.value) == text + line_of(fun)
 
 
+def by_a_mask(x):
+    x.clone()[torch.tensor([True, False, True])] = x[:2]
+    return x
+
+
+def test_a_list_of_truth_values_is_no_list_of_tensors():
+    with pytest.raises(DataDependentError) as raised:
+        jit(vmap(by_a_mask), backend="eager")(torch.stack([X, X]))
+    assert str(raised.value).startswith("The shape of what is computed here depends on values, which by_a_mask does not have")
+
+
 def test_printing_shows_no_numbers_and_is_no_error(capsys):
     def fun(x):
         print(x, repr(x), f"{x}")

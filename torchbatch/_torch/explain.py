@@ -290,6 +290,7 @@ _TRACE_ERRORS = frozenset(
     "RuntimeError TypeError AssertionError AttributeError KeyError NotImplementedError GuardOnDataDependentSymNode".split()
 )
 _STACKED = re.compile(r"\b(torch\.tensor|torch\.as_tensor|np\.array|np\.asarray)\(\s*[\[(]")
+_NAME = re.compile(r"\b(?!True\b|False\b)[^\W\d]\w*")
 _STACKED_TEXT = (
     "A tensor is made of a list of tensors ({call}), which asks for their values, but {{fun}} is being traced. Use "
     "torch.stack([…]), which stays a tensor."
@@ -340,8 +341,19 @@ def _of_library(trace: TracebackType | None) -> str | None:
 
 def _of_list(where: _Place | None) -> str | None:
     """What to say where the user's line makes a tensor of a list."""
-    found = _STACKED.search(where.summary.line or "") if where is not None else None
-    return _STACKED_TEXT.format(call=f"{found[1]}([…])") if found else None
+    line = (where.summary.line or "") if where is not None else ""
+    call = next((found[1] for found in _STACKED.finditer(line) if _holds_names(line[found.end() - 1 :])), None)
+    return None if call is None else _STACKED_TEXT.format(call=f"{call}([…])")
+
+
+def _holds_names(text: str) -> bool:
+    """Whether anything but numbers and truth values stands in the brackets that a text begins with."""
+    depth = 0
+    for end, character in enumerate(text):
+        depth += (character in "[(") - (character in "])")
+        if not depth:
+            return bool(_NAME.search(text, 0, end))
+    return True
 
 
 def add_note(error: Exception, samples: Callable[[], list[str]]) -> None:

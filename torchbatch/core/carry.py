@@ -133,9 +133,11 @@ class Carry:
         return found
 
     def _other_structure(self, output: Any, fun: Any) -> OutputTypeError:
-        where = tree.prefix_mismatch(self.rebuild(self.leaves), output, what=self._what, root="the new value")
-        if "must be a tree prefix" not in where or self._bare:
+        found = None if self._bare else tree.first_difference(self.rebuild(self.leaves), output)
+        if found is None:
             where = f"{self._what} has the structure {self.structure}, the new value {tree.flatten(output)[1]}."
+        else:
+            where = f"{self._what}{found[0]} goes in as {found[1]} and comes out as {found[2]}. Return it as it goes in."
         return OutputTypeError(f"{self._head(fun)} have identical structure, but they differ. {where}")
 
     def _other_type(self, index: int, leaf: Any, output: Any, fun: Any) -> OutputTypeError:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from torchbatch._torch import levels
+
 
 def describe(value: Any) -> str:
     """``float32[8,3]`` for an array, the type's name for anything else."""
@@ -24,6 +26,8 @@ def in_detail(value: torch.Tensor) -> str:
 
 def shown(value: Any) -> str:
     """``value`` as Python shows it, on one line and not longer than that, and its type: ``'sum' of type str``."""
+    if isinstance(value, torch.Tensor) and (levels.is_wrapped(value) or type(value) not in (torch.Tensor, torch.nn.Parameter)):
+        return f"{describe(value)} of type Tensor"  # what Python shows tells how transforms work, and no number
     text = " ".join(repr(value).split())
     dtype = f" and dtype {value.dtype}" if hasattr(value, "dtype") and not isinstance(value, type) else ""
     return f"{text if len(text) <= 100 else text[:99] + '…'} of type {type(value).__name__}{dtype}"
@@ -32,3 +36,9 @@ def shown(value: Any) -> str:
 def function_name(fun: Any) -> str:
     """What a message calls a function."""
     return getattr(fun, "__name__", None) or type(fun).__name__
+
+
+def method_name(fun: Any, method: str) -> str:
+    """What a message calls a method of what a function has become: ``f.method``, unless the function has no name."""
+    name = function_name(fun)
+    return f"{name}.{method}" if name.isidentifier() else f"its method {method}"

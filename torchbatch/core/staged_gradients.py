@@ -116,6 +116,14 @@ def _dealt_out(given: Cotangents, inputs: Tensors, inside: Maps) -> Cotangents:
     return given
 
 
+def _once(tangent: torch.Tensor | None, mapped: list[bool], inside: Maps) -> torch.Tensor | None:
+    """A tangent whose sum over the samples is the tangent of what they share, which is the same in each: PyTorch sums it."""
+    for (level, size), own in zip(inside, mapped, strict=True):
+        if tangent is not None and not own and levels.is_batched_at(tangent, level):
+            tangent = tangent / max(size, 1)
+    return tangent
+
+
 class _Scan(_Call):
     """A scan. Beside its own outputs it returns the carry that each step began with."""
 
@@ -324,6 +332,7 @@ class _Function(torch.autograd.Function):
         ctx.call, *values = inputs
         ctx.count = len(values)
         saved = (*values, *ctx.call.kept(output))
+        ctx.mapped = [[levels.is_batched_at(value, level) for level, _ in levels.opened_again(ctx)] for value in output]
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)  # the same: under vmap, PyTorch has one list of axes for both
 
@@ -343,4 +352,5 @@ class _Function(torch.autograd.Function):
         with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):  # turns forward mode on
             values = [derivatives.primal(value) for value in values]
             with seeding.repeating("a loop or choice (torchbatch.lax)"):
-                return tuple(call.tangents(values, moving))
+                found = call.tangents(values, moving)
+        return tuple([_once(*pair, levels.opened_again(ctx)) for pair in zip(found, ctx.mapped, strict=True)])

@@ -167,12 +167,21 @@ def prefix_mismatch(prefix: Any, tree: Any, *, what: str, root: str) -> str:
     return _mismatch_text(*found, what=what, root=root)
 
 
+def first_difference(a: Any, b: Any) -> tuple[str, str, str] | None:
+    """Where ``a`` is first no prefix of ``b``, and what is there in each; None if it is one."""
+    found = _first_mismatch(a, b, None)
+    return None if found is None else (found[0], *_told_apart(*found[1:]))
+
+
+def _told_apart(a: Any, b: Any) -> tuple[str, str]:
+    first, second = _describe(a), _describe(b)
+    return (first, second) if first != second else (first + _metadata(a), second + _metadata(b))
+
+
 def _mismatch_text(
     where: str, of_prefix: Any, of_tree: Any, *, what: str, root: str, leaf: str = "one int or None"
 ) -> str:
-    mine, theirs = _describe(of_prefix), _describe(of_tree)
-    if mine == theirs:
-        mine, theirs = mine + _metadata(of_prefix), theirs + _metadata(of_tree)
+    mine, theirs = _told_apart(of_prefix, of_tree)
     return (
         f"{what} must be a tree prefix of {root}: at {root}{where} it has {mine}, but the value there is {theirs}. "
         f"Give the same structure, or {leaf} for the whole subtree."

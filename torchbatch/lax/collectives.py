@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -265,6 +265,7 @@ def ppermute(x: Any, axis_name: Any, perm: Sequence[tuple[int, int]]) -> Any:
     Raises:
         AxisNameError: no enclosing ``vmap`` has the name, or it has a ``chunk_size`` that cuts the axis up.
         AxisError: ``perm`` has a number out of bounds, or a source or destination twice; or a name is given twice.
+        AxisSpecError: ``perm`` holds anything but pairs of ints.
 
     Example:
         >>> import torch
@@ -296,6 +297,7 @@ def pshuffle(x: Any, axis_name: Any, perm: Sequence[int]) -> Any:
     Raises:
         AxisNameError: no enclosing ``vmap`` has the name, or it has a ``chunk_size`` that cuts the axis up.
         AxisError: ``perm`` does not hold every number once; or a name is given twice.
+        AxisSpecError: ``perm`` is no list of ints.
 
     Example:
         >>> import torch
@@ -307,7 +309,9 @@ def pshuffle(x: Any, axis_name: Any, perm: Sequence[int]) -> Any:
     """
     frames = frames_of(axis_name, "pshuffle")
     size = size_of(frames)
-    sources = [operator.index(source) for source in perm]
+    if not isinstance(perm, Iterable):
+        raise AxisSpecError(f"pshuffle needs a perm that is a list of ints, but it is {shown(perm)}.")
+    sources = [_int(source, "pshuffle", "perm") for source in perm]
     if sorted(sources) != list(range(size)):
         raise AxisError(f"pshuffle needs a perm that holds each number from 0 to {size - 1} once, but it is {list(perm)!r}.")
     return over_leaves(lambda value: _moved(value, sources, frames), x, "pshuffle")
@@ -419,7 +423,10 @@ def _axis(axis: Any, what: str, value: _Tensor, rank: int, who: str) -> int:
 def _sources(perm: Sequence[tuple[int, int]], size: int) -> list[int]:
     """The source of each sample, by number; ``size`` where it has none."""
     sources = [size] * size
-    for pair in perm:
+    pairs = list(perm) if isinstance(perm, Iterable) else [perm]
+    for pair in pairs:
+        if not isinstance(pair, Iterable) or len(list(pair)) != 2:
+            raise AxisSpecError(f"ppermute needs a perm of pairs (source, destination), but it is {shown(perm)}.")
         source, destination = [_number(end, size, pair) for end in pair]
         if source in sources or sources[destination] != size:
             twice = f"source {source}" if source in sources else f"destination {destination}"
@@ -430,8 +437,15 @@ def _sources(perm: Sequence[tuple[int, int]], size: int) -> list[int]:
     return sources
 
 
+def _int(number: Any, who: str, what: str) -> int:
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise AxisSpecError(f"{who} needs ints in {what}, but one is {shown(number)}.") from None
+
+
 def _number(end: Any, size: int, pair: tuple[int, int]) -> int:
-    number = operator.index(end)
+    number = _int(end, "ppermute", "perm")
     if not -size <= number < size:
         raise AxisError(
             f"ppermute got the pair {tuple(pair)!r} in perm, but there are {size} samples: they run from 0 to {size - 1}."

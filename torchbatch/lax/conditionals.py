@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,8 @@ def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any, o
 
     Source: ``jax.lax.switch``.
     """
+    if not isinstance(branches, Iterable):
+        raise AxisSpecError(f"switch: branches must be a list of functions, but it is {shown(branches)}.")
     branches = tuple(branches)
     if not branches:
         raise AxisError("switch: branches must hold at least one function, but there is none.")

@@ -110,7 +110,8 @@ def no_groups(groups: Groups, who: str) -> None:
 def _noted(function: Callable[[_Tensor], _Tensor], value: _Tensor) -> _Tensor:
     """``function(value)``, which ``checkpoint`` and the like do not see as an operation: they are asked and told."""
     (value,) = recompute.seen([value])
-    result = function(value)
+    with recompute.paused():  # a look is partly run below the transforms that a mode knows
+        result = function(value)
     recompute.note(tree.flatten(result)[0])
     return result
 

@@ -139,16 +139,16 @@ class Batch:
             primals, directions = list(values[:count]), list(values[count : 2 * count])
             return list(guarded(derivatives.jvp, self._loss.__name__, flat, primals, directions)[1])
 
-        if one_way.found:
+        if one_way.at_work():
             return None
         if not self._is_traced():
             found = self._mapped(moved, leaves, randomness="different")[0]
-            return None if one_way.found else found  # type: ignore[no-any-return]
+            return None if one_way.at_work() else found
         try:
             taken = self._taken(lambda *values: moved(*values[:-1]), leaves)
         except RuntimeError:  # the gradients say what is wrong, if it is more than forward mode
             return None
-        if one_way.found:
+        if one_way.at_work():
             return None
         return self._mapped(taken.run, leaves, self.keys, captured=taken.captured)[0]  # type: ignore[no-any-return]
 

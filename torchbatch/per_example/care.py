@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from torchbatch.core.describe import shown
@@ -36,6 +37,8 @@ def check_examples_apart(model: nn.Module, who: str) -> None:
         AxisError: a layer normalises over the batch, or keeps statistics of it.
         GradientTypeError: a parameter has no shape yet, or the module is made of copies of another one.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise GradientTypeError(f"{who}: {type(model).__name__} is TorchScript, which cannot be traced. Give the module itself.")
     for layer in model.modules():
         if isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel):
             kind = type(layer).__name__

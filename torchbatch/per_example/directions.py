@@ -16,6 +16,10 @@ from torchbatch.per_example.transform import Chunk, Options, PerExample
 def dot(model: Any, criterion: Any = None, *, v: Any, **options: Unpack[Options]) -> PerExample:
     """The inner product of each example's gradient with one direction, by one pass in forward mode.
 
+    Where a backward pass does not compute a derivative, and forward mode does (``torch.no_grad`` inside of the model, hooks of
+    modules, functions with a backward of their own, ``padding_idx`` of embeddings), it is the product with the gradients instead;
+    ``explain`` tells.
+
     Shapes: a batch ``[B, …]`` and a direction with the shapes of the parameters give ``[B]``.
 
     Args:

@@ -41,12 +41,13 @@ def gradients(model: Any, criterion: Any = None, **options: Unpack[Options]) -> 
               is tried again with half as many. What is added up is added up chunk by chunk.
             - ``memory``: with ``chunk_size="auto"``, the bytes that may be filled; if it is not said, a part of what is free.
             - ``compile``: whether the computation is compiled, by :func:`~torchbatch.jit`; ``"auto"``, which is the default,
-              compiles when a kind of call comes for the second time.
+              compiles when a kind of call comes for the second time. In any case the loss is traced, and traced again where a
+          Python value that it depends on is not what it was.
 
     Returns:
         A function of a batch. It gives a tree like the parameters (for a module a dict by name), whose tensors have one more axis
         in front, and no history. Its method ``explain`` says how each parameter is gone about. Gradients by complex parameters
-        are PyTorch's, as optimizers take them.
+        are PyTorch's, as optimizers take them. Hooks of parameters are not called; those of modules are.
 
         Where the model draws random numbers (dropout), each example draws its own. ``torch.manual_seed`` decides them, and the
         chunk size has no influence.

@@ -194,6 +194,11 @@ def loss_of(
         raise InputTypeError(f"{who} takes a module, but {model.__name__} is a class of modules. Make one: {model.__name__}(…).")
     if not callable(model):
         raise InputTypeError(f"{who} takes a function loss(params, *example) or a module, but it got {shown(model)}.")
+    if isinstance(criterion, nn.Module) and adapter is None and not isinstance(model, nn.Module):
+        raise InputTypeError(
+            f"{who}: the module comes first and the criterion second, but the first is the function {function_name(model)} and "
+            f"the second a {type(criterion).__name__}."
+        )
     if criterion is not None or adapter is not None or batch_norm is not None:
         raise AxisSpecError(
             f"{who}: criterion, adapter and batch_norm go with a module, but {function_name(model)} is a function, which returns "

@@ -24,23 +24,28 @@ class OneWay(TorchFunctionMode):
     def __init__(self, roots: Iterable[Any] = ()) -> None:
         super().__init__()
         modules = [module for root in roots if isinstance(root, nn.Module) for module in root.modules()]
-        self.found = any(vars(module).get(name) for module in modules for name in _OF_MODULES)
+        self._found = any(vars(module).get(name) for module in modules for name in _OF_MODULES)
+
+    def at_work(self) -> bool:
+        """Whether there was any of that until now."""
+        return self._found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.found = self.found or func in _HOOKS or not torch.is_grad_enabled() or _leaves_rows_out(func, args, kwargs)
+        self._found = self._found or func in _HOOKS or not torch.is_grad_enabled() or _leaves_rows_out(func, args, kwargs)
         return func(*args, **kwargs)
 
 
 _OF_MODULES = ("_backward_hooks", "_backward_pre_hooks")
 _HOOKS = (torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook)
-_EMBEDDINGS = {
-    functional.embedding: (("padding_idx", 2), ("scale_grad_by_freq", 5)),
-    torch.embedding: (("padding_idx", 2), ("scale_grad_by_freq", 3)),
-    functional.embedding_bag: (("padding_idx", 11), ("scale_grad_by_freq", 5)),
+_EMBEDDINGS = {  # the arguments that say so, where they are, and what they are if nothing is said
+    functional.embedding: (("padding_idx", 2, None), ("scale_grad_by_freq", 5, False)),
+    torch.embedding: (("padding_idx", 2, -1), ("scale_grad_by_freq", 3, False)),
+    functional.embedding_bag: (("padding_idx", 11, None), ("scale_grad_by_freq", 5, False)),
 }
 
 
 def _leaves_rows_out(func: Any, args: Any, kwargs: Any) -> bool:
-    given = [args[i] if len(args) > i else kwargs.get(name) for name, i in _EMBEDDINGS.get(func, ())]
-    return any(value not in (None, False, -1) for value in given)
+    options = _EMBEDDINGS.get(func, ())
+    given = [(args[i] if len(args) > i else kwargs.get(name, usual), usual) for name, i, usual in options]
+    return any(type(value) is not type(usual) or value != usual for value, usual in given)

@@ -22,7 +22,7 @@ _PLAIN = frozenset(
 )
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"training"}
 _LIBRARIES = frozenset({"torch", "numpy", "builtins", "functools", "torchbatch", "abc", "typing", "collections"})
-_FUNCTIONS = types.FunctionType | types.BuiltinFunctionType
+_BY_IDENTITY = (Tensor, types.FunctionType, types.BuiltinFunctionType)
 
 
 class Setting(NamedTuple):
@@ -73,28 +73,32 @@ class _Walk:
         kind = type(value)
         if kind in _PLAIN:
             self.found.append(Setting(name, kind, value))
-        elif issubclass(kind, Tensor | _FUNCTIONS):
+            return
+        if issubclass(kind, _BY_IDENTITY):
             self.found.append(Setting(name, kind, _Same(value)))
-        if kind in _PLAIN or issubclass(kind, Tensor) or id(value) in self._seen or not depth:
+        if id(value) in self._seen or not depth or issubclass(kind, Tensor):
             return
         self._seen[id(value)] = value
         if issubclass(kind, nn.Module):
             self._module(value)
-        else:
-            for inner, referred in _referred(name, value, kind):
-                self.take(inner, referred, depth - 1)
+            return
+        for inner, referred in _referred(name, value, kind):
+            self.take(inner, referred, depth - 1)
 
     def _module(self, module: nn.Module) -> None:
-        anew = computed_anew(module)
-        for name, value in tuple(vars(module).items()):
-            if name not in _OF_EVERY_MODULE:
-                if name not in anew:
-                    self.take(name, value, _DEEP - 1)
-            elif value and type(value) is OrderedDict and name.endswith("hooks"):
-                self._hooks(value)
-        for name, value in _globals_of_class(type(module)):
+        held = vars(module)
+        for name, value in tuple(held.items()):
+            if name in _OF_EVERY_MODULE:
+                if value and type(value) is OrderedDict:
+                    self._hooks(value)
+            elif type(value) in _PLAIN:
+                self.found.append(Setting(name, type(value), value))
+            elif name not in computed_anew(module):
+                self.take(name, value, _DEEP - 1)
+        kind: Any = type(module)
+        for name, value in _globals_of_class(kind) if _methods(kind) else ():
             self.take(name, value, _DEEP - 1)
-        for child in module.children():
+        for child in tuple(held.get("_modules", {}).values()):
             self.take("", child, _DEEP)
 
     def _hooks(self, hooks: OrderedDict[int, Any]) -> None:

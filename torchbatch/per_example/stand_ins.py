@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -16,6 +17,8 @@ from torchbatch.errors import AxisError
 
 class StandIns(TorchFunctionMode):
     """While it is active, embeddings have dense gradients, bags are made of embeddings, and recurrent networks of steps.
+
+    Transformers do not ask whether the numbers of a mask make it a causal one.
 
     Args:
         own_statistics: whether layers that take statistics over a batch, which has one example, leave running ones alone.
@@ -115,5 +118,15 @@ def _normalised(x: Tensor, axes: list[int], weight: Tensor | None, bias: Tensor 
     return (found if bias is None else found + bias.reshape(shape)).to(x.dtype)
 
 
+def _truth(value: Tensor) -> bool:
+    """Whether a tensor of one number is not zero. Transformers ask whether a mask is causal, only to be faster: it may be not."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "torchbatch":
+        frame = frame.f_back
+    asks = frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) == _ASKS_ABOUT_MASK
+    return False if asks else bool(value)
+
+
+_ASKS_ABOUT_MASK = "torch.nn.modules.transformer", "_detect_is_causal_mask"  # its name in torch 2.11, 2.13 and 2.15
 _OWN_STATISTICS: dict[Any, Any] = {functional.batch_norm: _batch_norm, functional.instance_norm: _instance_norm}
-_INSTEAD: dict[Any, Any] = {functional.embedding: _embedding, functional.embedding_bag: _bag, **STEPWISE}
+_INSTEAD: dict[Any, Any] = {functional.embedding: _embedding, functional.embedding_bag: _bag, Tensor.__bool__: _truth, **STEPWISE}

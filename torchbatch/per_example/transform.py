@@ -14,7 +14,7 @@ from torchbatch._torch.staged import is_staging
 from torchbatch.core import tree
 from torchbatch.core.describe import shown
 from torchbatch.core.wrapper import Wrapper
-from torchbatch.errors import AxisSpecError, CompilerError
+from torchbatch.errors import AxisSpecError, CompilerError, InputTypeError
 from torchbatch.per_example import draws, memory
 from torchbatch.per_example.batch import Batch, Params, size_of
 from torchbatch.per_example.factors import wide
@@ -79,7 +79,12 @@ class PerExample(Wrapper):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._made_of
 
-    def __call__(self, /, *args: Any) -> Any:
+    def __call__(self, /, *args: Any, **keywords: Any) -> Any:
+        if keywords:
+            raise InputTypeError(
+                f"{self._who}: the batch is given by position, but {next(iter(keywords))} is a keyword. For inputs by name, "
+                f"give an adapter that makes (dict of inputs, targets)."
+            )
         self._loss.check(self._who)
         self._look_at_settings()
         given, batch = self._loss.split(args, self._who)

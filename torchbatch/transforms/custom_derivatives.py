@@ -16,7 +16,7 @@ from torchbatch.core.argnums import argument_name
 from torchbatch.core.arrays import as_tensor_beside
 from torchbatch.core.custom import CustomFunction, Rule, Tensors, check_enclosed
 from torchbatch.core.derivative import FLOAT0, as_tensor, conjugate, is_inexact
-from torchbatch.core.describe import describe, function_name, shown
+from torchbatch.core.describe import describe, function_name, method_name, shown
 from torchbatch.core.parcel import Parcel, positional, positional_names
 from torchbatch.errors import GradientTypeError, GradientValueError, InputTypeError, UnsupportedOperationError
 
@@ -53,9 +53,9 @@ class _Custom(CustomFunction):
         return _Arguments(self.fun, self.transform, values, frozenset(fixed))
 
     def _missing(self, method: str) -> UnsupportedOperationError:
-        name = function_name(self.fun)
         return UnsupportedOperationError(
-            f"{self.transform}: {name} has no rule for its derivative. Give it one with {name}.{method}."
+            f"{self.transform}: {function_name(self.fun)} has no rule for its derivative. Give it one with "
+            f"{method_name(self.fun, method)}."
         )
 
     def __repr__(self) -> str:

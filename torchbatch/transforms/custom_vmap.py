@@ -82,7 +82,8 @@ class custom_vmap(CustomFunction):  # noqa: N801 (JAX's name)
         """The rule for one call."""
         if self.vmap_rule is None:
             name = function_name(self.fun)
-            raise UnsupportedOperationError(f"custom_vmap: {name} has no rule. Give it one: @{name}.def_vmap.")
+            rule = f"Give it one: @{name}.def_vmap." if name.isidentifier() else "Give it one with its method def_vmap."
+            raise UnsupportedOperationError(f"custom_vmap: {name} has no rule. {rule}")
         return _Custom(self.fun, self.vmap_rule, positional(self.fun, args, kwargs)), (self.fun, self.vmap_rule)
 
     def __repr__(self) -> str:
