@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchbatch import vmap
+from torchbatch import random, vmap
 from torchbatch._torch import guards
 
 X = torch.ones(2, 3)
@@ -106,6 +106,7 @@ STATES = {
     "default device": lambda: torch.device("meta"),
     "deterministic algorithms": deterministic,
     "float32 matmul precision": precision,
+    "threefry_partitionable": lambda: random.threefry_partitionable(False),
 }
 
 
