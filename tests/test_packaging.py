@@ -131,7 +131,7 @@ def test_pyproject_holds_the_build_system_only():
 
 def test_every_environment_is_constrained_but_those_that_choose_their_own_torch(tox):
     names = {name.removeprefix("testenv:") for name in tox.sections() if name.startswith("testenv:")}
-    benchmarks, long = {"bench", "bench-jit", "bench-per-example", "bench-random"}, {"sweep", "jit", "random"}
+    benchmarks, long = {"bench", "bench-jit", "bench-per-example", "bench-random"}, {"sweep", "jit", "random", "coverage"}
     assert names == {"tests", "lint", "docs", "demo", "torch-latest", "torch-oldest", *benchmarks, *long}
     assert tox["tox"]["env_list"] == "tests, lint, docs, demo, bench"
     assert tox["testenv"]["constraints"] == "{tox_root}{/}constraints.txt"
