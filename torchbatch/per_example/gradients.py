@@ -42,7 +42,7 @@ def gradients(model: Any, criterion: Any = None, **options: Unpack[Options]) -> 
             - ``memory``: with ``chunk_size="auto"``, the bytes that may be filled; if it is not said, a part of what is free.
             - ``compile``: whether the computation is compiled, by :func:`~torchbatch.jit`; ``"auto"``, which is the default,
               compiles when a kind of call comes for the second time. In any case the loss is traced, and traced again where a
-          Python value that it depends on is not what it was.
+              Python value that it depends on is not what it was.
 
     Returns:
         A function of a batch. It gives a tree like the parameters (for a module a dict by name), whose tensors have one more axis
