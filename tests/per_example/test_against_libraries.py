@@ -47,7 +47,8 @@ TARGETS = torch.tensor([0, 2, 1, 1])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore")
 def test_against_opacus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)  # Opacus sets a flag that other tests freeze
+    flags: Any = torch.backends.flags_frozen
+    monkeypatch.setitem(flags.__globals__, "__allow_nonbracketed_mutation_flag", True)  # Opacus sets one, other tests freeze them
     modules: Any = pytest.importorskip("opacus.grad_sample")
     model, x = MODELS[name]
     known = modules.GradSampleModule(copy.deepcopy(model), loss_reduction="sum")
