@@ -41,6 +41,8 @@ class Params:
 
     def detached(self) -> Params:
         """The parameters without history."""
+        if not any(leaf.requires_grad for leaf in self.leaves):
+            return self
         return Params(self.structure.unflatten([leaf.detach() for leaf in self.leaves]), "")
 
     def names(self) -> list[str]:
@@ -58,8 +60,11 @@ def size_of(batch: Any, who: str) -> int:
         InputTypeError: a leaf is no tensor.
         AxisError: there is nothing that says it, or two leaves say different things.
     """
+    leaves = tree.flatten(batch)[0]
+    if leaves and all(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves) and len({len(leaf) for leaf in leaves}) == 1:
+        return len(leaves[0])
     sizes: dict[str, int] = {}
-    for path, leaf in zip(tree.paths(batch, "batch"), tree.flatten(batch)[0], strict=True):
+    for path, leaf in zip(tree.paths(batch, "batch"), leaves, strict=True):
         name = path.removeprefix("batch.")
         if not isinstance(leaf, Tensor):
             raise InputTypeError(f"{who}: {name} is {shown(leaf)}, which is no tensor. Give an adapter that makes tensors of it.")
@@ -69,10 +74,8 @@ def size_of(batch: Any, who: str) -> int:
     if not sizes:
         raise AxisError(f"{who}: the batch has no tensor, so there is nothing that says how many examples there are.")
     first, *others = sizes
-    for other in others:
-        if sizes[other] != sizes[first]:
-            raise AxisError(f"{who}: {first} has {sizes[first]} examples along its first axis, but {other} has {sizes[other]}.")
-    return sizes[first]
+    other = next(name for name in others if sizes[name] != sizes[first])
+    raise AxisError(f"{who}: {first} has {sizes[first]} examples along its first axis, but {other} has {sizes[other]}.")
 
 
 class Batch:

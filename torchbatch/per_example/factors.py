@@ -129,6 +129,13 @@ class Gradients:
         entries: int = sum(term.entries() for term in self._terms)
         return 0 < flat.shape[1] <= _KEPT * entries
 
+    def product(self) -> tuple[Tensor, Tensor] | None:
+        """``[B, g, m, t]`` and ``[B, g, t, n]`` whose product the gradients are, if the two have fewer numbers."""
+        term = self._terms[0] if len(self._terms) == 1 else None
+        if not isinstance(term, _Products) or term.entries() > self.shape.numel():
+            return None
+        return term.rows, term.columns
+
     def made_whole(self) -> Tensor:
         """The gradients, in whatever shape they are made."""
         term = self._terms[0] if len(self._terms) == 1 else None

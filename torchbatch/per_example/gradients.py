@@ -25,7 +25,7 @@ def gradients(model: Any, criterion: Any = None, **options: Unpack[Options]) -> 
     Args:
         model: the function, or the module.
         criterion: a function of the module's output and the targets, each for a batch of one, that returns one number; without
-            it, the output is the loss, or has it as its attribute ``loss``.
+            it, the output is the loss, or has it as its attribute ``loss``. Any loss of PyTorch will do, as it is.
         options: all functions of this module take them.
 
             - ``targets``: how many of the last arguments of a call go to the criterion; the others go to the module. One, if it
@@ -48,6 +48,8 @@ def gradients(model: Any, criterion: Any = None, **options: Unpack[Options]) -> 
         A function of a batch. It gives a tree like the parameters (for a module a dict by name), whose tensors have one more axis
         in front, and no history. Its method ``explain`` says how each parameter is gone about. Gradients by complex parameters
         are PyTorch's, as optimizers take them. Hooks of parameters are not called; those of modules are.
+
+        On the CPU, memory of large gradients is used again at the next call, if nobody holds the last result.
 
         Where the model draws random numbers (dropout), each example draws its own. ``torch.manual_seed`` decides them, and the
         chunk size has no influence.

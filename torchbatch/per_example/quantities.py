@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from torchbatch import random
+from torchbatch._torch.staged import is_staging
 from torchbatch.core import tree
 from torchbatch.core.describe import describe, shown
 from torchbatch.errors import AxisError, AxisSpecError, GradientValueError
 from torchbatch.per_example.batch import Batch, Params
 from torchbatch.per_example.factors import Gradients
+from torchbatch.per_example.results import LARGE, Memory
 from torchbatch.per_example.transform import Found, Quantity
 from torchbatch.random.keys import single
 
@@ -34,13 +36,36 @@ def like_params(values: Sequence[Tensor], params: Params) -> Any:
 
 
 class Whole(Quantity):
-    """The gradients themselves."""
+    """The gradients themselves. Large products on the CPU are made last, in memory that is used again."""
+
+    def __init__(self) -> None:
+        self._memory = Memory()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
 
     def of(self, batch: Batch, extra: list[Tensor]) -> Found:
-        return [each.whole for each in batch.gradients()], []
+        return [self._parts(each) for each in batch.gradients()], []
 
-    def finish(self, each: list[Tensor], total: list[Tensor], params: Params, count: int) -> Any:
-        return like_params(each, params)
+    def finish(self, each: list[Any], total: list[Tensor], params: Params, count: int) -> Any:
+        rows = zip(each, params.leaves, strict=True)
+        found = [self._multiplied(*part, leaf) if isinstance(part, tuple) else part for part, leaf in rows]
+        self._memory.let_go()
+        return like_params(found, params)
+
+    def _parts(self, gradients: Gradients) -> Any:
+        product = gradients.product()
+        size = gradients.count * gradients.shape.numel() * gradients.dtype.itemsize
+        is_large = size >= LARGE and gradients.device.type == "cpu"
+        return gradients.whole if product is None or not is_large else product
+
+    def _multiplied(self, rows: Tensor, columns: Tensor, parameter: Tensor) -> Tensor:
+        shape = (*rows.shape[:3], columns.shape[3])
+        if is_staging():
+            return (rows @ columns).reshape(shape[0], *parameter.shape)
+        found = self._memory.empty(shape, rows.dtype)
+        torch.bmm(rows.flatten(0, 1), columns.flatten(0, 1), out=found.flatten(0, 1))
+        return found.reshape(shape[0], *parameter.shape)
 
 
 class Norms(Quantity):

@@ -13,12 +13,13 @@ from torch.overrides import TorchFunctionMode
 
 from torchbatch._torch.recurrent import STEPWISE
 from torchbatch.errors import AxisError
+from torchbatch.per_example.ctc import ctc_loss
 
 
 class StandIns(TorchFunctionMode):
     """While it is active, embeddings have dense gradients, bags are made of embeddings, and recurrent networks of steps.
 
-    Transformers do not ask whether the numbers of a mask make it a causal one.
+    Losses that look at values (lengths, variances) are made of operations that need none. Transformers do not ask whether the numbers of a mask make it a causal one.
 
     Args:
         own_statistics: whether layers that take statistics over a batch, which has one example, leave running ones alone.
@@ -118,6 +119,18 @@ def _normalised(x: Tensor, axes: list[int], weight: Tensor | None, bias: Tensor 
     return (found if bias is None else found + bias.reshape(shape)).to(x.dtype)
 
 
+def _gaussian_nll(
+    x: Tensor, target: Tensor, var: Tensor | float, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+) -> Tensor:
+    """PyTorch's refuses negative variances, which it has to look at; here they give NaN."""
+    given = torch.as_tensor(var, dtype=x.dtype, device=x.device)
+    given = given[..., None] if given.dim() and given.shape != x.shape and given.shape == x.shape[:-1] else given
+    var = torch.where(given < 0, torch.nan, given + (given.clamp(min=eps) - given).detach())
+    loss = 0.5 * (var.log() + (x - target).square() / var)
+    loss = loss + 0.5 * math.log(2 * math.pi) if full else loss
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
 def _truth(value: Tensor) -> bool:
     """Whether a tensor of one number is not zero. Transformers ask whether a mask is causal, only to be faster: it may be not."""
     frame = inspect.currentframe()
@@ -129,4 +142,11 @@ def _truth(value: Tensor) -> bool:
 
 _ASKS_ABOUT_MASK = "torch.nn.modules.transformer", "_detect_is_causal_mask"  # its name in torch 2.11, 2.13 and 2.15
 _OWN_STATISTICS: dict[Any, Any] = {functional.batch_norm: _batch_norm, functional.instance_norm: _instance_norm}
-_INSTEAD: dict[Any, Any] = {functional.embedding: _embedding, functional.embedding_bag: _bag, Tensor.__bool__: _truth, **STEPWISE}
+_INSTEAD: dict[Any, Any] = {
+    functional.embedding: _embedding,
+    functional.embedding_bag: _bag,
+    functional.ctc_loss: ctc_loss,
+    functional.gaussian_nll_loss: _gaussian_nll,
+    Tensor.__bool__: _truth,
+    **STEPWISE,
+}

@@ -167,11 +167,11 @@ class PerExample(Wrapper):
                 except (torch.OutOfMemoryError, MemoryError) as error:
                     size = _half(size, self._who, error)
                     continue
-                rows.append([value[: chunk.length] for value in each])
+                rows.append(each if chunk.length == size else tree.map_leaves(lambda value, n=chunk.length: value[:n], each))
                 total = self._quantity.add(total, new) if start else new
                 drew, start = drew or bool(drew_here), start + max(chunk.length, 1)
                 progress.update(chunk.length)
-        return ([torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*rows, strict=True)], total), drew
+        return (rows[0] if len(rows) == 1 else tree.map_leaves(lambda *parts: torch.cat(parts), *rows), total), drew
 
     def _size(self, params: Params, batch: Any, count: int) -> int:
         """How many examples are worked on at a time."""
