@@ -108,7 +108,7 @@ def timed(work: Work, options: argparse.Namespace) -> Timed:
     for name, call in work.calls.items():
         try:
             with fresh_cache():
-                first[name] = _once(call)
+                first[name] = once(call)
         except Exception as error:
             if name == "jit":
                 raise
@@ -138,7 +138,7 @@ def _wake(device: str) -> None:
         call()
 
 
-def _once(call: Call) -> float:
+def once(call: Call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

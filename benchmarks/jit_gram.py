@@ -10,17 +10,15 @@ memory that it once had.)
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import contenders
 import jax
 import jax.numpy as jnp
+import peak_memory
 import torch
 from contenders import ORDER, Work
 
@@ -73,18 +71,7 @@ def works(device: str, quick: bool) -> Iterator[Work]:
 
 def peak(n: int, d: int, name: str) -> float:
     """Bytes by which the peak of this process grows in one call."""
-    call = work(n, d, "cpu").calls[name]
-    call()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
-    before = _memory("VmHWM")
-    call()
-    return _memory("VmHWM") - before
-
-
-def _memory(what: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1]) * 1024
+    return peak_memory.growth(work(n, d, "cpu").calls[name])
 
 
 def peaks(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -95,15 +82,17 @@ def peaks(options: argparse.Namespace) -> list[dict[str, Any]]:
         if n >= 2000 and (n == 2000 or not options.quick):
             size = 4 * n * n
             names = [name for name in work(n, d, "cpu").calls if name != "jax"]
-            row = {name: _in_fresh_process(n, d, name) / size for name in ORDER if name in names}
+            row = {name: _peak(n, d, name) / size for name in ORDER if name in names}
             print(f"N = {n}, D = {d:<4}" + "".join(f"{name:>15} {multiple:5.2f}" for name, multiple in row.items()), flush=True)
             found.append({"n": n, "d": d, "result": size, "peak / result": row, "no N²·D intermediate": row["jit"] < min(d, 2.5)})
     return found
 
 
-def _in_fresh_process(n: int, d: int, name: str) -> float:
-    done = subprocess.run([sys.executable, __file__, "--peak", str(n), str(d), name], check=True, capture_output=True, text=True)
-    return float(done.stdout.splitlines()[-1])
+def _peak(n: int, d: int, name: str) -> float:
+    found = peak_memory.in_fresh_process(__file__, n, d, name)
+    if found is None:
+        raise SystemExit(f"the peak of {name} for N = {n}, D = {d} could not be measured")
+    return found
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """What do per-example gradients, their norms and their clipped sum cost, next to the ordinary backward pass of a batch?
 
-    python benchmarks/per_example.py [--device cuda] [--quick] [--repeats N] [--only TEXT] [--json FILE]
+    python benchmarks/per_example_gradients.py [--device cuda] [--quick] [--repeats N] [--only TEXT] [--json FILE]
 
 Contenders: Opacus (hooks, functorch mode, ghost clipping), BackPACK, torch.func, torch.compile of it, and JAX. All give the same
 numbers before they are timed. What a contender has no form of its own for is computed from its per-example gradients. On the CPU,
@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import json
 import statistics
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import contenders
 import jax
 import jax.numpy as jnp
+import peak_memory
 import per_example_models
 import side_by_side
 import torch
@@ -202,7 +200,7 @@ def measured(network: Network, quantity: str, batch: int, options: argparse.Name
         try:
             call = make()
             call()
-            taken = contenders._once(call)
+            taken = contenders.once(call)
         except Exception as error:
             left_out[name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
             continue
@@ -250,23 +248,7 @@ def peak(number: int, quantity: str, batch: int, name: str) -> int:
     network = per_example_models.NETWORKS[number]()
     x, y = torch.randn(batch, *network.shape), torch.randint(10, (batch,))
     call = contenders_of(network, quantity, x, y)[name]()
-    call()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
-    before = _memory("VmHWM")
-    call()
-    return _memory("VmHWM") - before
-
-
-def _memory(what: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1]) * 1024
-
-
-def _in_fresh_process(*about: Any) -> float | None:
-    command = [sys.executable, __file__, "--peak", *map(str, about)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    return float(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    return peak_memory.growth(call)
 
 
 def peaks(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -278,7 +260,7 @@ def peaks(options: argparse.Namespace) -> list[dict[str, Any]]:
             if options.only not in f"{name}, batch 256, {quantity}" or options.quick:
                 continue
             names = [FLOOR, OURS, "Opacus hooks", "Opacus ghost", "torch.func", "torch.compile"]
-            sizes = {one: _in_fresh_process(number, quantity, 256, one) for one in names}
+            sizes = {one: peak_memory.in_fresh_process(__file__, number, quantity, 256, one) for one in names}
             floor = max(sizes[FLOOR] or 0, 1)
             row = {one: size / floor for one, size in sizes.items() if size is not None}
             found.append({"work": f"{name}, batch 256", "quantity": quantity, "bytes": sizes, "times the backward pass": row})

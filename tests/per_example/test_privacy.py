@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.per_example.small import batch, mlp
 from torchbatch import per_example
 from torchbatch.errors import AxisError, AxisSpecError, GradientValueError, InputTypeError
 
@@ -21,14 +22,6 @@ epsilon, noise_multiplier_for = per_example.epsilon, per_example.noise_multiplie
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-
-
-def batch(count=6):
-    return torch.randn(count, 4, dtype=torch.float64), torch.randint(3, (count,))
 
 
 def made(model, generator=None, **options):
@@ -141,7 +134,7 @@ def norm(values):
     return flat(values.values()).abs().square().sum().sqrt()
 
 
-@pytest.mark.parametrize("clipping", ["flat", "per_parameter", "automatic"])
+@pytest.mark.parametrize("clipping", ["flat", "per_layer", "per_parameter", "automatic"])
 def test_one_example_changes_the_sum_by_no_more_than_the_noise_is_made_for(clipping):
     model, (x, y) = mlp(), batch(8)
     step = made(model, noise_multiplier=1.0, max_norm=0.3, clipping=clipping, gamma=1e-3)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.per_example import loop, models
+from tests.per_example.small import batch, mlp
 from torchbatch import per_example, tree
 from torchbatch.errors import (
     AxisError,
@@ -30,14 +31,6 @@ accumulate_, grad_samples = per_example.accumulate_, per_example.grad_samples
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-
-
-def batch(count=6):
-    return torch.randn(count, 4, dtype=torch.float64), torch.randint(3, (count,))
 
 
 def one_by_one(model, x, y):

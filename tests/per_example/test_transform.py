@@ -223,7 +223,7 @@ def test_wrong_options(model: nn.Module, options: Any, text: str) -> None:
     [
         ({"max_norm": 0.0}, "clipped_sum: max_norm must be a number above 0, but it is 0.0"),
         ({"max_norm": {"w": 1.0}}, "clipped_sum: max_norm must be a number above 0, but it is"),
-        ({"clipping": "hard"}, 'clipped_sum: clipping must be "flat", "per_parameter" or "automatic", but it is \'hard\''),
+        ({"clipping": "hard"}, 'clipping must be "flat", "per_layer", "per_parameter" or "automatic", but it is \'hard\''),
         ({"gamma": -1}, "clipped_sum: gamma must be a number above 0, but it is -1"),
     ],
 )
@@ -242,6 +242,32 @@ def test_a_bound_for_each_parameter(model: nn.Module) -> None:
         torch.testing.assert_close(found[name], torch.einsum("b,b...->...", factor, each))
     with pytest.raises(AxisSpecError, match=r"such a number for each parameter \(0.bias, 0.weight, 2.bias, 2.weight\)"):
         per_example.clipped_sum(model, F.cross_entropy, max_norm={"0.bias": 1.0}, clipping="per_parameter", **EAGER)(x, y)
+
+
+def test_a_bound_for_each_layer(model: nn.Module) -> None:
+    bounds, run = {"0": 0.1, "2": 0.3}, {"clipping": "per_layer", **EAGER}
+    found = per_example.clipped_sum(model, F.cross_entropy, max_norm=bounds, **run)(x, y)
+    alike = per_example.clipped_sum(model, F.cross_entropy, max_norm=0.5, **run)(x, y)
+    gradients = by_loop(model, x, y)
+    for layer, bound in bounds.items():
+        names = [f"{layer}.weight", f"{layer}.bias"]
+        norms = torch.cat([gradients[name].flatten(1) for name in names], 1).norm(dim=1)
+        for name in names:
+            for clipped, limit in ((found, bound), (alike, 0.5 / 2**0.5)):
+                wanted = torch.einsum("b,b...->...", (limit / norms).clamp(max=1), gradients[name])
+                torch.testing.assert_close(clipped[name], wanted)
+    with pytest.raises(AxisSpecError, match=r"such a number for each layer \(0, 2\), but it is"):
+        per_example.clipped_sum(model, F.cross_entropy, max_norm={"0": 1.0}, **run)(x, y)
+
+
+def test_layers_of_a_tree_are_its_containers() -> None:
+    params = {"a": {"w": torch.full((2,), 3.0), "b": torch.tensor(4.0)}, "c": torch.tensor(5.0)}
+
+    def loss(params: Any, x: torch.Tensor) -> torch.Tensor:
+        return (params["a"]["w"] @ x + params["a"]["b"] + params["c"]) * 1.0
+
+    norms = per_example.norms(loss, per="layer", compile=False)(params, torch.tensor([[2.0, 2.0]]))
+    assert {name: value.tolist() for name, value in norms.items()} == {"['a']": [3.0], "": [1.0]}
 
 
 def test_directions_must_fit(model: nn.Module) -> None:

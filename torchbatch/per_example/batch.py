@@ -49,6 +49,12 @@ class Params:
         """What messages call each parameter."""
         return [path if not self._is_flat_dict() else path[2:-2] for path in tree.paths(self.given, "")]
 
+    def layers(self) -> list[str]:
+        """The module, or the container in a tree, that each parameter is directly in."""
+        if self._is_flat_dict():
+            return [name.rpartition(".")[0] for name in self.names()]
+        return [path[:-1].codify("") for path in tree.flatten_with_path(self.given)[0]]
+
     def _is_flat_dict(self) -> bool:
         return isinstance(self.given, dict) and all(isinstance(value, Tensor) for value in self.given.values())
 
@@ -101,6 +107,10 @@ class Batch:
     def beside(self, examples: Any, keys: Tensor) -> Batch:
         """Another batch, with the same parameters."""
         return Batch(self._loss, self.leaves, self._structure, examples, keys, keys.new_ones(len(keys)).to(self.present.dtype))
+
+    def params(self) -> Params:
+        """The parameters as a tree."""
+        return Params(self._structure.unflatten(self.leaves), "")
 
     def loss(self, leaves: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
         """The loss of one example."""

@@ -1,6 +1,7 @@
 """Connectionist temporal classification for a batch whose lengths are tensors, of operations that know examples.
 
-Source: A. Graves et al., Connectionist temporal classification, ICML 2006; the gradient is that of ``torch.nn.functional.ctc_loss``.
+Source: A. Graves et al., Connectionist temporal classification, ICML 2006; the gradient is that of PyTorch's
+``ctc_loss``.
 """
 
 from __future__ import annotations

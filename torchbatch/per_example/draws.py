@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchbatch import random
+from torchbatch._torch.staged import is_staging
 from torchbatch.errors import RandomnessError
 
 _aten = torch.ops.aten
@@ -50,12 +51,18 @@ def seed() -> Tensor:
     return _words(ahead)
 
 
+def traced() -> Tensor:
+    """Two words for an outer trace, which draws them when it runs; zeros where nothing traces."""
+    return _words(None) if is_staging() else torch.zeros(2, dtype=torch.int32)
+
+
 def move_on() -> None:
     """Draw from PyTorch's generator what :func:`seed` saw."""
     _words(torch.default_generator)
 
 
-def _words(generator: torch.Generator) -> Tensor:
+def _words(generator: torch.Generator | None) -> Tensor:
+    """Two words that a generator draws."""
     return torch.randint(-(2**31), 2**31, (2,), generator=generator).to(torch.int32)
 
 

@@ -49,7 +49,7 @@ class Whole(Quantity):
 
     def finish(self, each: list[Any], total: list[Tensor], params: Params, count: int) -> Any:
         rows = zip(each, params.leaves, strict=True)
-        found = [self._multiplied(*part, leaf) if isinstance(part, tuple) else part for part, leaf in rows]
+        found = [self._multiplied(part, leaf) if isinstance(part, tuple) else part for part, leaf in rows]
         self._memory.let_go()
         return like_params(found, params)
 
@@ -59,7 +59,8 @@ class Whole(Quantity):
         is_large = size >= LARGE and gradients.device.type == "cpu"
         return gradients.whole if product is None or not is_large else product
 
-    def _multiplied(self, rows: Tensor, columns: Tensor, parameter: Tensor) -> Tensor:
+    def _multiplied(self, product: tuple[Tensor, Tensor], parameter: Tensor) -> Tensor:
+        rows, columns = product
         shape = (*rows.shape[:3], columns.shape[3])
         if is_staging():
             return (rows @ columns).reshape(shape[0], *parameter.shape)
@@ -88,8 +89,8 @@ class Norms(Quantity):
             pairs = zip(each, params.leaves, strict=True)
             return like_params([value.sqrt().to(leaf.dtype.to_real()) for value, leaf in pairs], params)
         layers: dict[str, list[Tensor]] = {}
-        for name, value in zip(params.names(), each, strict=True):
-            layers.setdefault(name.rpartition(".")[0], []).append(value)
+        for name, value in zip(params.layers(), each, strict=True):
+            layers.setdefault(name, []).append(value)
         return {name: _sum(values).sqrt().to(dtype) for name, values in layers.items()}
 
 
@@ -104,7 +105,7 @@ class Sums(Quantity):
 
     def of(self, batch: Batch, extra: list[Tensor]) -> Found:
         gradients = batch.gradients()
-        weights = [batch.present] * len(gradients) if self._clip is None else self._clip.weights(gradients, batch.present, extra)
+        weights = [batch.present] * len(gradients) if self._clip is None else self._clip.weights(gradients, batch, extra)
         return [], [each.weighted(weight).to(each.dtype) for each, weight in zip(gradients, weights, strict=True)]
 
     def finish(self, each: list[Tensor], total: list[Tensor], params: Params, count: int) -> Any:
@@ -119,51 +120,67 @@ class Clip:
     """How the gradient of one example is made shorter.
 
     Args:
-        max_norm: the most that a norm may be: a number, or a tree of numbers like the parameters.
-        clipping: ``"flat"``, ``"per_parameter"`` or ``"automatic"``.
+        max_norm: the most that a norm may be: a number, or a tree of numbers like the parameters, or a dict by layer.
+        clipping: ``"flat"``, ``"per_layer"``, ``"per_parameter"`` or ``"automatic"``.
         gamma: of ``"automatic"``, what is added to the norm.
     """
 
     def __init__(self, who: str, max_norm: Any, clipping: str, gamma: float) -> None:
-        if clipping not in ("flat", "per_parameter", "automatic"):
-            raise AxisSpecError(f'{who}: clipping must be "flat", "per_parameter" or "automatic", but it is {shown(clipping)}.')
-        if clipping != "per_parameter" and not _is_bound(max_norm):
+        if clipping not in _CLIPPINGS:
+            raise AxisSpecError(f"{who}: clipping must be {_CLIPPINGS_SAID}, but it is {shown(clipping)}.")
+        if not clipping.startswith("per_") and not _is_bound(max_norm):
             raise AxisSpecError(f"{who}: max_norm must be a number above 0, but it is {shown(max_norm)}.")
         if not _is_bound(gamma):
             raise AxisSpecError(f"{who}: gamma must be a number above 0, but it is {shown(gamma)}.")
         self._who, self._max_norm, self._clipping, self._gamma = who, max_norm, clipping, gamma
 
+    def _groups(self, params: Params) -> list[str]:
+        """For each parameter, the name of what is clipped together with it."""
+        if self._clipping == "per_layer":
+            return params.layers()
+        return params.names() if self._clipping == "per_parameter" else [""] * len(params.leaves)
+
     def bounds(self, params: Params) -> list[Tensor]:
-        """The largest norms, one or one for each parameter, as numbers on the device."""
-        given = self._max_norm
-        if self._clipping == "per_parameter":
-            count = len(params.leaves)
-            bounds = [given / count**0.5] * count if _is_bound(given) else self._of_tree(params)
-        else:
-            bounds = [given]
+        """The largest norms, one for each group of parameters that is clipped together, as numbers on the device."""
+        groups, given = list(dict.fromkeys(self._groups(params))), self._max_norm
+        bounds = [given / len(groups) ** 0.5] * len(groups) if _is_bound(given) else self._of_tree(params, groups)
         return [torch.as_tensor(bound, dtype=torch.float64).to(params.leaves[0].device) for bound in bounds]
 
-    def _of_tree(self, params: Params) -> list[Any]:
-        bounds, structure = tree.flatten(self._max_norm)
-        if structure != params.structure or not all(map(_is_bound, bounds)):
+    def _of_tree(self, params: Params, groups: list[str]) -> list[Any]:
+        given, is_by_layer = self._max_norm, self._clipping == "per_layer"
+        bounds, structure = tree.flatten(given)
+        if is_by_layer and isinstance(given, dict):
+            bounds = [given[name] for name in groups] if given.keys() == set(groups) else []
+        fits = len(bounds) == len(groups) and (is_by_layer or structure == params.structure)
+        if not fits or not all(map(_is_bound, bounds)):
             raise AxisSpecError(
-                f"{self._who}: max_norm must be a number above 0 or, with clipping='per_parameter', such a number for each "
-                f"parameter ({', '.join(params.names())}), but it is {shown(self._max_norm)}."
+                f"{self._who}: max_norm must be a number above 0 or, with clipping={self._clipping!r}, such a number for each "
+                f"{self._clipping[4:]} ({', '.join(map(_quoted_if_empty, groups))}), but it is {shown(given)}."
             )
         return bounds
 
-    def weights(self, gradients: Sequence[Gradients], present: Tensor, bounds: Sequence[Tensor]) -> list[Tensor]:
+    def weights(self, gradients: Sequence[Gradients], batch: Batch, bounds: Sequence[Tensor]) -> list[Tensor]:
         """A number for each example and parameter by which the gradient is multiplied."""
-        squares = [each.squares().to(present.dtype) for each in gradients]
-        if self._clipping == "per_parameter":
-            return [self._factor(square, bound) * present for square, bound in zip(squares, bounds, strict=True)]
-        factor = self._factor(_sum(squares), bounds[0]) * present
-        return [factor] * len(gradients)
+        groups = self._groups(batch.params())
+        together: dict[str, list[Tensor]] = {}
+        for group, each in zip(groups, gradients, strict=True):
+            together.setdefault(group, []).append(each.squares().to(batch.present.dtype))
+        pairs = zip(together.items(), bounds, strict=True)
+        factors = {group: self._factor(_sum(squares), bound) * batch.present for (group, squares), bound in pairs}
+        return [factors[group] for group in groups]
 
     def _factor(self, square: Tensor, bound: Tensor) -> Tensor:
         norm = square.sqrt()
         bound = bound.to(norm.dtype)
         return bound / (norm + self._gamma) if self._clipping == "automatic" else (bound / norm).clamp(max=1)
+
+
+_CLIPPINGS = "flat", "per_layer", "per_parameter", "automatic"
+_CLIPPINGS_SAID = '"flat", "per_layer", "per_parameter" or "automatic"'
+
+
+def _quoted_if_empty(name: str) -> str:
+    return name or "''"
 
 
 def _is_bound(value: Any) -> bool:

@@ -19,7 +19,8 @@ from torchbatch.per_example.ctc import ctc_loss
 class StandIns(TorchFunctionMode):
     """While it is active, embeddings have dense gradients, bags are made of embeddings, and recurrent networks of steps.
 
-    Losses that look at values (lengths, variances) are made of operations that need none. Transformers do not ask whether the numbers of a mask make it a causal one.
+    Losses that look at values (lengths, variances) are made of operations that need none. Transformers do not ask whether the
+    numbers of a mask make it a causal one.
 
     Args:
         own_statistics: whether layers that take statistics over a batch, which has one example, leave running ones alone.

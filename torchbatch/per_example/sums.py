@@ -72,10 +72,11 @@ def clipped_sum(
     Args:
         model, criterion, options: as for :func:`~torchbatch.per_example.gradients`.
         max_norm: the largest norm C: a number above 0. With ``clipping="per_parameter"`` also such a number for each parameter,
-            in a tree like the parameters; one number C then stands for ``C / sqrt(k)`` for each of k parameters, so that the
-            whole is at most C long.
-        clipping: ``"flat"`` multiplies a gradient g by ``min(1, C / |g|)``; ``"per_parameter"`` does so to the part of each
-            parameter by itself; ``"automatic"`` multiplies by ``C / (|g| + gamma)``, so that all examples count about the same.
+            in a tree like the parameters, and with ``"per_layer"`` a dict of such numbers by layer; one number C then stands for
+            ``C / sqrt(k)`` for each of k parameters or layers, so that the whole is at most C long.
+        clipping: ``"flat"`` multiplies a gradient g by ``min(1, C / |g|)``; ``"per_layer"`` does so to the part of each layer
+            (the parameters that are directly in one module) by itself, ``"per_parameter"`` to the part of each parameter;
+            ``"automatic"`` multiplies by ``C / (|g| + gamma)``, so that all examples count about the same.
         gamma: of ``"automatic"``; a number above 0.
 
     Returns:

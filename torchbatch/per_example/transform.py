@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from torchbatch._torch import guards
-from torchbatch._torch.staged import is_staging
 from torchbatch.core import tree
 from torchbatch.core.describe import shown
 from torchbatch.core.wrapper import Wrapper
@@ -85,10 +84,7 @@ class PerExample(Wrapper):
                 f"{self._who}: the batch is given by position, but {next(iter(keywords))} is a keyword. For inputs by name, "
                 f"give an adapter that makes (dict of inputs, targets)."
             )
-        self._loss.check(self._who)
-        self._look_at_settings()
-        given, batch = self._loss.split(args, self._who)
-        params, count = Params(given, self._who), size_of(batch, self._who)
+        params, batch, count = self._bound(args)
         if guards.inside_other():
             return self._quantity.finish(*self._inside(params, batch, count), params, count)
         params, batch = params.detached(), tree.map_leaves(Tensor.detach, batch)
@@ -107,10 +103,7 @@ class PerExample(Wrapper):
             bias    made for each example: it is a vector
             weight  never made: its norm and its sum come from the factors of its product
         """
-        self._loss.check(self._who)
-        self._look_at_settings()
-        given, batch = self._loss.split(args, self._who)
-        params, count = Params(given, self._who), size_of(batch, self._who)
+        params, batch, count = self._bound(args)
         chunk = Chunk.of(batch, 0, max(count, 1), max(count, 1), params)
         with torch.no_grad():
             self._runs["eager"].lower(*self._arguments(params, chunk, torch.zeros(2, dtype=torch.int32)))
@@ -118,6 +111,13 @@ class PerExample(Wrapper):
         width = max(map(len, names), default=0)
         lines = [f"{name:{width}}  {how}" for name, how in zip(names, self._told, strict=True)]
         return "\n".join(lines) or f"{self._who} needs no gradients of single examples: it is a forward-mode derivative"
+
+    def _bound(self, args: tuple[Any, ...]) -> tuple[Params, Any, int]:
+        """The parameters, the batch, and how many examples it has."""
+        self._loss.check(self._who)
+        self._look_at_settings()
+        given, batch = self._loss.split(args, self._who)
+        return Params(given, self._who), batch, size_of(batch, self._who)
 
     def _look_at_settings(self) -> None:
         """Have the loss traced anew where a Python value that it depends on is not what it was."""
@@ -137,7 +137,7 @@ class PerExample(Wrapper):
             f"takes longer than the computation. Last there was another {', '.join(now.changed(before)) or 'order of them'}. Let "
             f"what changes at each call be a tensor that is written in place (a buffer), or a part of the batch.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
     def _from_seed(self, params: Params, batch: Any, count: int) -> Found:
@@ -150,8 +150,7 @@ class PerExample(Wrapper):
 
     def _inside(self, params: Params, batch: Any, count: int) -> Found:
         """All examples, where a transform or a trace is at work: at once, as part of it."""
-        words = torch.randint(-(2**31), 2**31, (2,)).to(torch.int32) if is_staging() else torch.zeros(2, dtype=torch.int32)
-        each, total, _ = self._compute(*self._arguments(params, Chunk.of(batch, 0, count, count, params), words))
+        each, total, _ = self._compute(*self._arguments(params, Chunk.of(batch, 0, count, count, params), draws.traced()))
         return each, total
 
     def _over_chunks(self, params: Params, batch: Any, count: int, words: Tensor) -> tuple[Found, bool]:
