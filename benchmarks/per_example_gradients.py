@@ -3,7 +3,7 @@
     python benchmarks/per_example_gradients.py [--device cuda] [--quick] [--repeats N] [--only TEXT] [--json FILE]
 
 Contenders: Opacus (hooks, functorch mode, ghost clipping), BackPACK, torch.func, torch.compile of it, and JAX. All give the same
-numbers before they are timed. What a contender has no form of its own for is computed from its per-example gradients. On the CPU,
+numbers before they are timed. Memory is the system's, asked for and given back as in any program. What a contender has no form of its own for is computed from its per-example gradients. On the CPU,
 then the memory: in a fresh process for each contender, by how much the peak of the resident memory grows in one call.
 """
 
@@ -287,7 +287,6 @@ def main() -> None:
         print(peak(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]))
         return
     options = contenders.options(__doc__)
-    contenders.keep_memory()
     rows = []
     for network, quantity, batch in works(options):
         if options.only in f"{network.name}, batch {batch}, {quantity}":

@@ -22,9 +22,10 @@ FLOORS = {
     "lax": 3,
     "random": 3,
     "per_example": 4,
-    "testing": 5,
-    "__init__": 6,
+    "__init__": 5,
+    "testing": 6,
     "demo": 7,
+    "checking": 7,
     "cli": 8,
     "__main__": 9,
 }

@@ -38,7 +38,7 @@ def tox():
 def wheel(tmp_path_factory):
     """A wheel built from a copy of the tree."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "torchbatch_pytest.py"):
         shutil.copy(ROOT / name, tree)
     shutil.copytree(ROOT / "torchbatch", tree / "torchbatch", ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run([sys.executable, "-c", BUILD, "dist"], cwd=tree, check=True, capture_output=True)
@@ -64,7 +64,7 @@ def requirement_names(text):
 
 def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel):
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "torchbatch").rglob("*") if path.is_file()}
-    expected = {name for name in files if "__pycache__" not in name}
+    expected = {name for name in files if "__pycache__" not in name} | {"torchbatch_pytest.py"}
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert found == expected
     assert {"torchbatch/py.typed", "torchbatch/data/digits/digits.npz", "torchbatch/data/digits/NOTICE.md"} <= found
@@ -83,7 +83,8 @@ def test_the_metadata(headers):
     assert "Apache-2.0" in (headers["License-Expression"] or headers["License"])
     required = [line for line in headers.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(required) == ["numpy>=1.26", "optree>=0.13", "torch>=2.11"]
-    assert sorted(headers.get_all("Provides-Extra")) == ["all", "bench", "demo", "docs", "jax", "privacy", "progress", "test"]
+    extras = ["all", "bench", "demo", "docs", "jax", "privacy", "progress", "test", "testing"]
+    assert sorted(headers.get_all("Provides-Extra")) == extras
 
 
 def test_the_extra_all_is_all_of_them(config):
@@ -95,6 +96,12 @@ def test_the_extra_all_is_all_of_them(config):
 def test_the_console_script(wheel):
     (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     assert wheel.read(name).decode().split("\n")[:2] == ["[console_scripts]", "torchbatch = torchbatch.cli:main"]
+
+
+def test_the_entry_point_of_pytest(wheel):
+    """It is named like its module, so that ``-p torchbatch_pytest`` finds it loaded already."""
+    (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert "[pytest11]\ntorchbatch_pytest = torchbatch_pytest\n" in wheel.read(name).decode()
 
 
 def test_the_installed_version_is_this_one():

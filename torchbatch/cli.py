@@ -1,4 +1,4 @@
-"""The command line: ``torchbatch demo``, or ``python -m torchbatch demo``."""
+"""The command line: ``torchbatch demo``, ``torchbatch check``; or ``python -m torchbatch`` with the same."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torchbatch as tb
-from torchbatch import demo
+from torchbatch import checking, demo
 
 _LARGEST = 2**64 - 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the result is the exit status: 0, or 2 for a command that cannot be carried out."""
+    """Run one command; the result is the exit status: 0; 1 where a check finds a difference; 2 if it cannot be carried out."""
     options = parser().parse_args(argv)
     try:
         return int(options.run(options))
-    except demo.DemoError as error:
+    except (demo.DemoError, checking.CheckError) as error:
         print(f"torchbatch {options.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"torchbatch {tb.__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_demo(commands)
+    checking.add_check(commands, _whole(0))
     return top
 
 

@@ -24,6 +24,7 @@ StaticArgumentError         TypeError, ValueError       ``jit``: an argument mus
 LeakedTracerError           ValueError, RuntimeError    a value from inside a ``jit`` function is used after its trace
 DonatedBufferError          ValueError, RuntimeError    a tensor is used after ``donate_argnums`` gave its memory away
 CompilerError               RuntimeError                the compiler failed, or the machine has none
+EquivalenceError            AssertionError              ``torchbatch.testing``: two runs of a function differ
 RetraceWarning              UserWarning                 a ``jit`` function is traced again and again
 FallbackWarning             UserWarning                 an operator without a batching rule runs sample by sample
 ==========================  ==========================  ==========================================================
@@ -37,6 +38,8 @@ True
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class TorchbatchError(Exception):
@@ -115,6 +118,18 @@ class CompilerError(TorchbatchError, RuntimeError):
 
 class LeakedTracerError(TorchbatchError, ValueError, RuntimeError):
     """A value from inside a function that was traced was used after the trace, or kept by a module."""
+
+
+class EquivalenceError(TorchbatchError, AssertionError):
+    """Two versions of a function do not give the same.
+
+    Attributes:
+        report: what was compared and what differed, a :class:`torchbatch.testing.Report`.
+    """
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class RetraceWarning(UserWarning):
