@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchbatch import per_example
+from torchbatch.testing import assert_close
 
 BOUND = 0.5
 
@@ -55,13 +56,13 @@ def test_against_opacus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     F.cross_entropy(known(x), TARGETS, reduction="sum").backward()
     expected = {name: value.grad_sample for name, value in known._module.named_parameters()}
     found = per_example.gradients(model, F.cross_entropy, compile=False)(x, TARGETS)
-    torch.testing.assert_close(found, expected)
+    assert_close(found, expected)
     norms = sum(value.flatten(1).square().sum(1) for value in expected.values()).sqrt()  # type: ignore[union-attr]
-    torch.testing.assert_close(per_example.norms(model, F.cross_entropy, compile=False)(x, TARGETS), norms)
+    assert_close(per_example.norms(model, F.cross_entropy, compile=False)(x, TARGETS), norms)
     factor = (BOUND / norms).clamp(max=1)
     clipped = {name: torch.einsum("b,b...->...", factor, value) for name, value in expected.items()}
     run = per_example.clipped_sum(model, F.cross_entropy, max_norm=BOUND, compile=False)
-    torch.testing.assert_close(run(x, TARGETS), clipped)
+    assert_close(run(x, TARGETS), clipped)
 
 
 @pytest.mark.parametrize("name", ["dense"])
@@ -74,7 +75,7 @@ def test_against_backpack(name: str) -> None:
     with library.backpack(extensions.BatchGrad(), extensions.BatchL2Grad()):
         loss(known(x), TARGETS).backward()
     expected = {name: value.grad_batch for name, value in known.named_parameters()}
-    torch.testing.assert_close(per_example.gradients(model, F.cross_entropy, compile=False)(x, TARGETS), expected)
+    assert_close(per_example.gradients(model, F.cross_entropy, compile=False)(x, TARGETS), expected)
     squares = {name: value.batch_l2.sqrt() for name, value in known.named_parameters()}
     found = per_example.norms(model, F.cross_entropy, per="parameter", compile=False)(x, TARGETS)
-    torch.testing.assert_close(found, squares)
+    assert_close(found, squares)

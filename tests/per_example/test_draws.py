@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.per_example.models import Function
 from torchbatch import lax, per_example
 from torchbatch.errors import RandomnessError
+from torchbatch.testing import assert_close
 
 COUNT = 7
 
@@ -78,10 +79,10 @@ def test_all_quantities_of_a_call_see_the_same_masks():
 
     whole = of(per_example.gradients, chunk_size=2)
     flat = torch.cat([value.flatten(1) for value in whole.values()], 1)
-    torch.testing.assert_close(of(per_example.norms), flat.norm(dim=1))
-    torch.testing.assert_close(of(per_example.norms, chunk_size=3), flat.norm(dim=1))
+    assert_close(of(per_example.norms), flat.norm(dim=1))
+    assert_close(of(per_example.norms, chunk_size=3), flat.norm(dim=1))
     v = {name: torch.ones_like(value) for name, value in model.named_parameters()}
-    torch.testing.assert_close(of(per_example.dot, v=v), flat.sum(1))
+    assert_close(of(per_example.dot, v=v), flat.sum(1))
 
 
 #: A function that draws, what it is given, and the mean and the variance of what it draws.
@@ -167,8 +168,8 @@ def test_gradients_are_those_of_the_loop_with_the_same_masks():
         kept = dropped.double() / 0.6
         loss = F.mse_loss(second(hidden * kept), y[i])
         expected = torch.autograd.grad(loss, [first.weight, second.weight])
-        torch.testing.assert_close(found["first.weight"][i], expected[0])
-        torch.testing.assert_close(found["second.weight"][i], expected[1])
+        assert_close(found["first.weight"][i], expected[0])
+        assert_close(found["second.weight"][i], expected[1])
         assert 0 < int(dropped.sum()) <= 8
 
 
@@ -206,7 +207,7 @@ def test_what_is_checkpointed_draws_the_same_in_both_passes(use_reentrant):
 
     model = Function(forward, weight=nn.Parameter(torch.full((40,), 3.0)), other=nn.Parameter(torch.ones(40)))
     found = per_example.gradients(model, _sum, targets=0, compile=False)(torch.ones(2, 40))
-    torch.testing.assert_close(found["other"] / 3, found["weight"] / 2)
+    assert_close(found["other"] / 3, found["weight"] / 2)
     assert set(found["weight"].unique().tolist()) == {0.0, 12.0}
 
 

@@ -149,7 +149,8 @@ ERRORS = {
     ),
     "a loss that is no tensor": (
         lambda: _gradients(_linear(), lambda output, y: 1.0)(X, Y), GradientTypeError,
-        "per-example gradients need the loss of one example, a number, but the criterion returned 1.0 of type float.",
+        "per-example gradients need the loss of one example, a number, but for a batch of one the criterion returned 1.0 of "
+        "type float.",
     ),
     "a loss that is an integer": (
         lambda: _gradients(_linear(), lambda output, y: output.argmax())(X, Y), GradientTypeError,
@@ -165,8 +166,8 @@ ERRORS = {
     ),
     "an output without a loss": (
         lambda: _gradients(_module(lambda linear, x: {"logits": linear(x)}), None)(X), GradientTypeError,
-        "per-example gradients need the loss of one example, a number, but without a criterion, the output of Function is a dict "
-        "with the keys 'logits'.",
+        "per-example gradients need the loss of one example, a number, but there is no criterion, and for a batch of one "
+        "Function returned a dict with the keys 'logits'.",
     ),
     "integer parameters": (
         lambda: per_example.gradients(lambda p, x: (p["w"] * x).sum())({"w": torch.ones(4, dtype=torch.int64)}, X),

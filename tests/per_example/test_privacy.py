@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tests.per_example.small import batch, mlp
 from torchbatch import per_example
 from torchbatch.errors import AxisError, AxisSpecError, GradientValueError, InputTypeError
+from torchbatch.testing import assert_close
 
 dp_sgd_step, poisson_batches = per_example.dp_sgd_step, per_example.poisson_batches
 epsilon, noise_multiplier_for = per_example.epsilon, per_example.noise_multiplier_for
@@ -56,8 +57,8 @@ def test_without_noise_it_is_the_clipped_sum_by_the_expected_size():
     model, (x, y) = mlp(), batch()
     before, wanted = flat(model.parameters()), clipped_sum(model, x, y, 0.5) / 5
     assert made(model)(x, y) is None
-    torch.testing.assert_close(flat([value.grad for value in model.parameters()]), wanted)
-    torch.testing.assert_close(before - flat(model.parameters()), wanted)
+    assert_close(flat([value.grad for value in model.parameters()]), wanted)
+    assert_close(before - flat(model.parameters()), wanted)
 
 
 def test_steps_follow_each_other_with_batches_of_any_size():
@@ -68,7 +69,7 @@ def test_steps_follow_each_other_with_batches_of_any_size():
         (x, y), before = batch(count), flat(model.parameters())
         wanted = clipped_sum(model, x, y, 0.5) / 5 if count else torch.zeros_like(before)
         step(x, y)
-        torch.testing.assert_close(before - flat(model.parameters()), wanted)
+        assert_close(before - flat(model.parameters()), wanted)
 
 
 def test_what_was_in_grad_is_not_used():
@@ -274,7 +275,7 @@ def test_batches_are_like_the_data(kind):
         wanted = {"tensor": x[chosen], "tuple": (x[chosen], y[chosen]), "dict": {"x": x[chosen], "y": y[chosen]}}
         wanted["nested"] = ({"x": x[chosen]}, y[chosen])
         assert type(found) is type(data)
-        torch.testing.assert_close(found, wanted[kind])
+        assert_close(found, wanted[kind])
 
 
 def test_each_pass_draws_anew_and_the_generator_decides():
@@ -294,7 +295,7 @@ def test_a_data_loader_takes_them():
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_sampler=sampler, collate_fn=together)
     sizes = []
     for images, labels in loader:
-        torch.testing.assert_close(images, x[labels])
+        assert_close(images, x[labels])
         sizes.append(len(labels))
     assert len(loader) == 30 and 0 in sizes and max(sizes) > 2
 
@@ -478,7 +479,7 @@ def test_a_step_is_that_of_opacus(opacus):
     F.cross_entropy(wrapped(x), y).backward()
     private.step()
     made(ours, expected_batch_size=8)(x, y)
-    torch.testing.assert_close(flat(ours.parameters()), flat(theirs.parameters()), rtol=1e-5, atol=1e-5)
+    assert_close(flat(ours.parameters()), flat(theirs.parameters()), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -492,8 +493,8 @@ def test_grad_samples_are_those_of_opacus(opacus, reduction):
     with per_example.grad_samples(ours, reduction):
         F.cross_entropy(ours(x), y, reduction=reduction).backward()
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad_sample, other.grad_sample)
-        torch.testing.assert_close(mine.grad, other.grad)
+        assert_close(mine.grad_sample, other.grad_sample)
+        assert_close(mine.grad, other.grad)
 
 
 # --- all together ----------------------------------------------------------------------------------------------------

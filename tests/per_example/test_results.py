@@ -13,6 +13,7 @@ from torch.nn.functional import mse_loss
 
 from torchbatch import jit, per_example
 from torchbatch.per_example.results import Memory
+from torchbatch.testing import assert_close
 
 
 @pytest.fixture
@@ -36,8 +37,8 @@ def test_a_result_that_is_held_stays_as_it_is(wide):
     first = found(*batch(1))["weight"]
     row = found(*batch(2))["weight"][1]
     found(*batch(3))
-    torch.testing.assert_close(first, by_hand(wide, *batch(1)))
-    torch.testing.assert_close(row, by_hand(wide, *batch(2))[1])
+    assert_close(first, by_hand(wide, *batch(1)))
+    assert_close(row, by_hand(wide, *batch(2))[1])
 
 
 def test_memory_that_nobody_holds_is_used_again(wide):
@@ -49,7 +50,7 @@ def test_memory_that_nobody_holds_is_used_again(wide):
 def test_chunks_of_it_and_other_sizes_are_right(wide):
     found = per_example.gradients(wide, mse_loss, chunk_size=2, compile=False)
     for count in (5, 3, 5):
-        torch.testing.assert_close(found(*batch(count, count))["weight"], by_hand(wide, *batch(count, count)))
+        assert_close(found(*batch(count, count))["weight"], by_hand(wide, *batch(count, count)))
 
 
 def test_memory_of_other_sizes_is_let_go():
@@ -92,7 +93,7 @@ def test_results_can_be_trained_written_copied_and_traced(wide):
     found = per_example.gradients(wide, mse_loss, compile=False)
     result = found(*batch(1))["weight"]
     result.requires_grad_().square().sum().backward()
-    torch.testing.assert_close(result.grad, 2 * result.detach())
+    assert_close(result.grad, 2 * result.detach())
     assert copy.deepcopy(result).equal(result)
     inside = jit(lambda x, y: found(x, y)["weight"], backend="eager")(*batch(1))
-    torch.testing.assert_close(inside, result.detach())
+    assert_close(inside, result.detach())

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from torchbatch import per_example
 from torchbatch.errors import InputTypeError
+from torchbatch.testing import assert_close
 
 x, y = torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(5, 3), torch.tensor([0, 1, 2, 1, 0])
 temperature = 1.0
@@ -61,7 +62,7 @@ def test_a_change_between_two_calls_is_seen(what, monkeypatch):
     before = found(x, y)["linear.weight"]
     changes(model, criterion)[what]()
     after = found(x, y)["linear.weight"]
-    torch.testing.assert_close(after, one_by_one(model, criterion), rtol=1e-10, atol=1e-12)
+    assert_close(after, one_by_one(model, criterion), rtol=1e-10, atol=1e-12)
     assert not torch.allclose(after, before)
 
 
@@ -109,7 +110,7 @@ def test_what_changes_at_each_call_is_a_warning_with_its_name():
 @pytest.mark.parametrize("make", [per_example.norms, per_example.gram, functools.partial(per_example.clipped_sum, max_norm=0.1)])
 def test_copies(copied, make):
     found = make(nn.Linear(3, 3).double(), F.cross_entropy, compile=False)
-    torch.testing.assert_close(copied(found)(x, y), found(x, y))
+    assert_close(copied(found)(x, y), found(x, y))
 
 
 def test_gram_in_two_threads():
@@ -178,7 +179,7 @@ def test_forward_mode_is_left_where_it_is_not_what_a_backward_pass_computes(make
     flat = torch.cat([value.flatten() for value in v.values()])
     expected = rows @ flat / (rows.norm(dim=1) * flat.norm() if quantity is per_example.cosine else 1)
     found = quantity(model, F.cross_entropy, v=v, compile=False)
-    torch.testing.assert_close(found(numbers, y), expected, rtol=1e-10, atol=1e-12)
+    assert_close(found(numbers, y), expected, rtol=1e-10, atol=1e-12)
     assert "made for each example" in found.explain(numbers, y)
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from torchbatch import per_example
 from torchbatch.per_example.ctc import ctc_loss
+from torchbatch.testing import assert_close
 
 COUNT = 4
 
@@ -89,7 +90,7 @@ def test_a_loss_as_it_is(name):
     criterion, make = LOSSES[name]
     model, x, targets = nn.Linear(4, 3).double(), numbers(4), make()
     found = per_example.gradients(model, criterion, targets=len(targets), compile=False)(x, *targets)
-    torch.testing.assert_close(list(found.values()), one_by_one(model, criterion, x, targets))
+    assert_close(list(found.values()), one_by_one(model, criterion, x, targets))
     assert any(value.abs().sum() > 0 for value in found.values())
 
 
@@ -106,9 +107,9 @@ def test_ctc_has_the_values_and_the_gradients_of_pytorch(sizes, normalised):
         logs = (logs.log_softmax(-1) if normalised else logs).requires_grad_()
         args = logs, torch.randint(1, 3, (1, labels)), torch.tensor([read]), torch.tensor([count]), 0, reduction, True
         ours, theirs = ctc_loss(*args), functional.ctc_loss(*args)
-        torch.testing.assert_close(ours, theirs)
+        assert_close(ours, theirs)
         grads = [torch.autograd.grad(loss.sum(), logs)[0] for loss in (ours, theirs)]
-        torch.testing.assert_close(*grads)
+        assert_close(*grads)
 
 
 def test_ctc_without_a_way_is_infinite_and_has_no_gradient():

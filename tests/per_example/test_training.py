@@ -24,6 +24,7 @@ from torchbatch.errors import (
     OutputTypeError,
     UnsupportedOperationError,
 )
+from torchbatch.testing import assert_close
 
 accumulate_, grad_samples = per_example.accumulate_, per_example.grad_samples
 
@@ -50,7 +51,7 @@ def samples(model):
 def assert_equal(found, wanted, tolerance=1e-12):
     assert found.keys() == wanted.keys()
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=tolerance, atol=tolerance)
+        assert_close(found[name], wanted[name], rtol=tolerance, atol=tolerance)
 
 
 def grads(model):
@@ -361,8 +362,8 @@ def test_dicts_tuples_and_what_is_no_tensor():
         out = model({"a": x}, torch.tensor(2.0), more=[other], word="w")
         F.cross_entropy(out["both"][0], y).backward()
     assert (out.pop("word"), out.pop("count"), out["both"][1]) == (plain.pop("word"), plain.pop("count"), plain["both"][1])
-    torch.testing.assert_close([out["out"], out["both"][0]], [plain["out"], plain["both"][0]])
-    torch.testing.assert_close(model.layer.weight.grad_sample, torch.stack(wanted))
+    assert_close([out["out"], out["both"][0]], [plain["out"], plain["both"][0]])
+    assert_close(model.layer.weight.grad_sample, torch.stack(wanted))
 
 
 def test_frozen_parameters_have_none_and_tied_ones_have_one():
@@ -399,7 +400,7 @@ def test_calls_before_one_backward_add_up():
         rows.append(torch.autograd.grad(loss, model[0].weight)[0])
     with grad_samples(model):
         F.cross_entropy(model(x) + model(other), y).backward()
-    torch.testing.assert_close(model[0].weight.grad_sample, torch.stack(rows))
+    assert_close(model[0].weight.grad_sample, torch.stack(rows))
 
 
 def test_after_a_backward_pass_it_starts_anew_and_grad_does_not():
@@ -458,7 +459,7 @@ def test_dropout_has_a_mask_for_each_example():
         out.sum().backward()
     masks = model[0].bias.grad_sample
     assert set(masks.flatten().tolist()) == {0.0, 2.0} and len({tuple(row.tolist()) for row in masks}) == 4
-    torch.testing.assert_close((out != 0).float() * 2, masks)
+    assert_close((out != 0).float() * 2, masks)
 
 
 def test_gradients_flow_on_to_what_comes_before():
@@ -467,7 +468,7 @@ def test_gradients_flow_on_to_what_comes_before():
     (wanted,) = torch.autograd.grad(F.cross_entropy(model(x), y), x)
     with grad_samples(model):
         F.cross_entropy(model(x), y).backward()
-    torch.testing.assert_close(x.grad, wanted)
+    assert_close(x.grad, wanted)
 
 
 # --- grad_samples: the model stays what it is ------------------------------------------------------------------------

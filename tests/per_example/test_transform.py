@@ -15,6 +15,7 @@ from torchbatch import per_example
 from torchbatch.errors import AxisError, AxisSpecError, CompilerError, GradientTypeError, GradientValueError, InputTypeError
 from torchbatch.per_example import memory
 from torchbatch.per_example.transform import PerExample
+from torchbatch.testing import assert_close
 
 x, y = torch.randn(7, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1, 0, 0])
 EAGER: Any = {"compile": False}
@@ -42,14 +43,14 @@ def test_the_chunk_size_changes_nothing(model: nn.Module, size: Any) -> None:
     expected = flat(by_loop(model, x, y))
     options: Any = {"chunk_size": size, **EAGER}
     norms = per_example.norms(model, F.cross_entropy, **options)(x, y)
-    torch.testing.assert_close(norms, expected.norm(dim=1))
+    assert_close(norms, expected.norm(dim=1))
     mean = per_example.mean(model, F.cross_entropy, **options)(x, y)
-    torch.testing.assert_close(torch.cat([value.flatten() for value in mean.values()]), expected.mean(0))
+    assert_close(torch.cat([value.flatten() for value in mean.values()]), expected.mean(0))
     spread = per_example.variance(model, F.cross_entropy, **options)(x, y)
-    torch.testing.assert_close(torch.cat([value.flatten() for value in spread.values()]), expected.var(0))
+    assert_close(torch.cat([value.flatten() for value in spread.values()]), expected.var(0))
     others: Any = (x[:4], y[:4])
     gram = per_example.gram(model, F.cross_entropy, other=others, **options)(x, y)
-    torch.testing.assert_close(gram, expected @ expected[:4].T)
+    assert_close(gram, expected @ expected[:4].T)
 
 
 def test_a_budget_decides_how_many_fit(model: nn.Module) -> None:
@@ -60,7 +61,7 @@ def test_a_budget_decides_how_many_fit(model: nn.Module) -> None:
     (size,) = run._sizes.values()
     assert 1 <= size <= 8
     whole = per_example.gradients(wide, F.mse_loss, compile=False)(many, targets)
-    torch.testing.assert_close(found, whole)
+    assert_close(found, whole)
 
 
 def test_chunks_are_about_equal() -> None:
@@ -88,7 +89,7 @@ def test_out_of_memory_is_tried_again_with_half(model: nn.Module, monkeypatch: p
     with pytest.warns(RuntimeWarning, match="norms: out of memory with 7 examples at a time; trying 3"):
         found = run(x, y)
     assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
-    torch.testing.assert_close(found, flat(by_loop(model, x, y)).norm(dim=1))
+    assert_close(found, flat(by_loop(model, x, y)).norm(dim=1))
 
 
 def test_out_of_memory_with_one_example_is_an_error(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +137,8 @@ def test_without_a_compiler_it_runs_uncompiled(model: nn.Module) -> None:
 
     run._runs["inductor"] = failing  # type: ignore[assignment]
     with pytest.warns(RuntimeWarning, match="norms runs uncompiled, since the compiler failed: no compiler here"):
-        torch.testing.assert_close(run(x, y), expected)
-    torch.testing.assert_close(run(x, y), expected)
+        assert_close(run(x, y), expected)
+    assert_close(run(x, y), expected)
     strict = per_example.norms(model, F.cross_entropy, compile=True)
     strict._runs["inductor"] = failing  # type: ignore[assignment]
     with pytest.raises(CompilerError):
@@ -146,7 +147,7 @@ def test_without_a_compiler_it_runs_uncompiled(model: nn.Module) -> None:
 
 def test_compiled_it_gives_the_same(model: nn.Module) -> None:
     clipped = per_example.clipped_sum(model, F.cross_entropy, max_norm=0.3, compile=True, chunk_size=4)(x, y)
-    torch.testing.assert_close(clipped, per_example.clipped_sum(model, F.cross_entropy, max_norm=0.3, **EAGER)(x, y))
+    assert_close(clipped, per_example.clipped_sum(model, F.cross_entropy, max_norm=0.3, **EAGER)(x, y))
 
 
 def test_parameters_that_changed_are_seen(model: nn.Module) -> None:
@@ -155,7 +156,7 @@ def test_parameters_that_changed_are_seen(model: nn.Module) -> None:
     with torch.no_grad():
         for value in model.parameters():
             value.mul_(2)
-    torch.testing.assert_close(run(x, y), flat(by_loop(model, x, y)).norm(dim=1))
+    assert_close(run(x, y), flat(by_loop(model, x, y)).norm(dim=1))
 
 
 def test_a_batch_without_examples(model: nn.Module) -> None:
@@ -179,16 +180,16 @@ def test_inside_jit_it_is_part_of_the_graph() -> None:
     w, xs = torch.randn(3), torch.randn(5, 3)
     expected = per_example.norms(loss, **EAGER)(w, xs)
     inside = torchbatch.jit(lambda w, xs: per_example.norms(loss)(w, xs) * 2, backend="eager")
-    torch.testing.assert_close(inside(w, xs), expected * 2)
+    assert_close(inside(w, xs), expected * 2)
 
 
 def test_inside_vmap_and_grad() -> None:
     w, xs = torch.randn(4, 3), torch.randn(5, 3)
     expected = torch.stack([per_example.norms(loss, **EAGER)(one, xs) for one in w])
-    torch.testing.assert_close(torchbatch.vmap(lambda one: per_example.norms(loss)(one, xs))(w), expected)
+    assert_close(torchbatch.vmap(lambda one: per_example.norms(loss)(one, xs))(w), expected)
     slope = torchbatch.grad(lambda one: per_example.norms(loss)(one, xs).sum())(w[0])
     direct = torchbatch.grad(lambda one: torchbatch.vmap(torchbatch.grad(loss), (None, 0))(one, xs).norm(dim=1).sum())(w[0])
-    torch.testing.assert_close(slope, direct)
+    assert_close(slope, direct)
 
 
 def test_explain_says_what_is_done_with_each_parameter(model: nn.Module) -> None:
@@ -239,9 +240,33 @@ def test_a_bound_for_each_parameter(model: nn.Module) -> None:
     found = per_example.clipped_sum(model, F.cross_entropy, **run)(x, y)
     for name, each in by_loop(model, x, y).items():
         factor = (bounds[name] / each.flatten(1).norm(dim=1)).clamp(max=1)
-        torch.testing.assert_close(found[name], torch.einsum("b,b...->...", factor, each))
+        assert_close(found[name], torch.einsum("b,b...->...", factor, each))
     with pytest.raises(AxisSpecError, match=r"such a number for each parameter \(0.bias, 0.weight, 2.bias, 2.weight\)"):
         per_example.clipped_sum(model, F.cross_entropy, max_norm={"0.bias": 1.0}, clipping="per_parameter", **EAGER)(x, y)
+
+
+class _HookIfTrained(nn.Module):
+    """Changes the gradient, where there will be one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.dense(x)
+        if h.requires_grad:
+            h.register_hook(lambda cotangent: cotangent * 2)
+        return h.sum(1)
+
+
+def test_a_hook_that_only_a_backward_pass_has_counts_in_products_too() -> None:
+    model, inputs = _HookIfTrained(), torch.randn(4, 3)
+    v = {name: torch.ones_like(value) for name, value in model.named_parameters()}
+    options: Any = {"targets": 0, **EAGER}
+    found = per_example.gradients(model, torch.Tensor.sum, **options)(inputs)
+    assert_close(found["dense.bias"], torch.full((4, 2), 2.0))
+    wanted = sum(value.flatten(1).sum(1) for value in found.values())
+    assert_close(per_example.dot(model, torch.Tensor.sum, v=v, **options)(inputs), wanted)
 
 
 def test_a_bound_for_each_layer(model: nn.Module) -> None:
@@ -255,7 +280,7 @@ def test_a_bound_for_each_layer(model: nn.Module) -> None:
         for name in names:
             for clipped, limit in ((found, bound), (alike, 0.5 / 2**0.5)):
                 wanted = torch.einsum("b,b...->...", (limit / norms).clamp(max=1), gradients[name])
-                torch.testing.assert_close(clipped[name], wanted)
+                assert_close(clipped[name], wanted)
     with pytest.raises(AxisSpecError, match=r"such a number for each layer \(0, 2\), but it is"):
         per_example.clipped_sum(model, F.cross_entropy, max_norm={"0": 1.0}, **run)(x, y)
 
@@ -288,9 +313,9 @@ def test_random_directions_keep_lengths(model: nn.Module) -> None:
     key = torchbatch.random.key(3)
     found = per_example.project(model, F.cross_entropy, key=key, size=2000, **EAGER)(x, y)
     lengths = flat(by_loop(model, x, y)).norm(dim=1)
-    torch.testing.assert_close(found.norm(dim=1), lengths, rtol=0.1, atol=0)
+    assert_close(found.norm(dim=1), lengths, rtol=0.1, atol=0)
     chunked = per_example.project(model, F.cross_entropy, key=key, size=2000, chunk_size=2, **EAGER)(x, y)
-    torch.testing.assert_close(chunked, found)
+    assert_close(chunked, found)
 
 
 def test_what_is_no_loss() -> None:

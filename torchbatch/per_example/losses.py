@@ -129,9 +129,9 @@ class ModuleLoss:
             output = torch.func.functional_call(self.model, {**params, **buffers.values}, positional, named)
             buffers.check_not_written(self.__name__)
             if self.criterion is not None:
-                return _one_number(self.criterion(output, *targets), "the criterion returned")
+                return _one_number(self.criterion(output, *targets), "for a batch of one the criterion returned")
         output = output["loss"] if isinstance(output, Mapping) and "loss" in output else getattr(output, "loss", output)
-        return _one_number(output, f"without a criterion, the output of {self.__name__} is")
+        return _one_number(output, f"there is no criterion, and for a batch of one {self.__name__} returned")
 
 
 class _Around(nn.Module):
@@ -167,7 +167,7 @@ def _one_number(value: Any, what: str) -> Any:
         raise GradientTypeError(f"per-example gradients need the loss of one example, a number, but {what} {said(value)}.")
     if value.numel() != 1:
         raise GradientTypeError(
-            f"per-example gradients need the loss of one example, a number, but for a batch of one {what} {describe(value)}. "
+            f"per-example gradients need the loss of one example, a number, but {what} {describe(value)}. "
             f"Take its sum or its mean."
         )
     return value.reshape(())

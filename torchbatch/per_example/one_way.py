@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 class OneWay(TorchFunctionMode):
     """While it is active, it notes what changes backward passes only.
 
-    That are ``no_grad``, hooks (those of modules, and functions with a backward of their own, run without grad mode), and
-    embeddings with rows that are not trained, or trained more slowly.
+    That are ``no_grad``, hooks (those of modules, and functions with a backward of their own, run without grad mode), questions
+    whether there will be a backward pass, on whose answer a hook may depend, and embeddings with rows that are not trained, or trained more slowly.
 
     Args:
         roots: modules, whose hooks for backward passes are looked for, and other things.
@@ -32,12 +32,13 @@ class OneWay(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self._found = self._found or func in _HOOKS or not torch.is_grad_enabled() or _leaves_rows_out(func, args, kwargs)
+        self._found = self._found or func in _HOOKS or func in _QUESTIONS or not torch.is_grad_enabled() or _leaves_rows_out(func, args, kwargs)
         return func(*args, **kwargs)
 
 
 _OF_MODULES = ("_backward_hooks", "_backward_pre_hooks")
 _HOOKS = (torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook)
+_QUESTIONS = tuple(vars(torch.Tensor.__base__)[name].__get__ for name in ("requires_grad", "grad_fn", "is_leaf"))
 _EMBEDDINGS = {  # the arguments that say so, where they are, and what they are if nothing is said
     functional.embedding: (("padding_idx", 2, None), ("scale_grad_by_freq", 5, False)),
     torch.embedding: (("padding_idx", 2, -1), ("scale_grad_by_freq", 3, False)),
