@@ -22,7 +22,8 @@ from hypothesis import HealthCheck, Phase, settings
 
 import torchbatch
 from torchbatch.errors import StaticArgumentError
-from torchbatch.testing import loop
+from torchbatch.testing import Tolerance, loop
+from torchbatch.testing.compare import Rules, compare
 from torchbatch.transforms import grad as grad_
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -223,23 +224,9 @@ def assert_same(
         return
     if traced and isinstance(theirs, bool | int | float | complex | np.generic | np.ndarray):
         theirs = torch.tensor(theirs)
-    assert tuple(ours.shape) == tuple(theirs.shape), (where, ours.shape, theirs.shape)
-    if exact:
-        assert ours.dtype == theirs.dtype, (where, ours.dtype, theirs.dtype)
-    a, b = _numbers(ours), _numbers(theirs)
-    assert a.dtype.kind == b.dtype.kind, (where, ours.dtype, theirs.dtype)
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=where)
-
-
-_WIDER = {torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
-
-
-def _numbers(value: Any) -> np.ndarray:
-    if isinstance(value, torch.Tensor):
-        value = value.detach().resolve_conj().resolve_neg()
-        value = value.to(_WIDER.get(value.dtype, value.dtype))  # NumPy has no such dtype
-    array = np.asarray(value)
-    return array.astype(np.float32) if array.dtype.name in ("bfloat16", "float16") else array
+    rules = Rules(Tolerance(tolerance, tolerance), dtypes=exact, numbers=not exact)
+    (leaf,) = compare(ours, theirs, rules=rules, where=where)
+    assert leaf.passed, f"{where}: {leaf.message}"
 
 
 #: Tests that hold for a call as it stands, but not for a traced one, and why.

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import torchbatch
 from tests._torch.test_rewrites import rewritten
 from torchbatch import grad, vmap
+from torchbatch.testing import assert_close
 
 
 def numbers(*shape, seed=0):
@@ -154,4 +155,4 @@ def test_a_compiled_network_gives_the_gradients_of_the_plain_one():
 
     fun = vmap(grad(loss, argnums=(0, 1)), in_axes=(None, None, 0))
     inputs = numbers(8, 1, 3, 3), numbers(16, 8, 3, 3, seed=1), numbers(4, 1, 8, 8, seed=2)
-    torch.testing.assert_close(torchbatch.jit(fun)(*inputs), fun(*inputs))
+    assert_close(torchbatch.jit(fun)(*inputs), fun(*inputs))

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchbatch._torch import derivatives, levels
 from torchbatch._torch.derivatives import jvp, value_and_gradient, vjp
+from torchbatch.testing import assert_close
 from torchbatch.transforms.vmap import vmap
 
 X = torch.tensor([0.5, -1.0, 2.0])
@@ -84,40 +85,40 @@ def test_vjp_gives_the_outputs_the_others_and_the_pullback():
 
     outputs, others, pulled = vjp(function, (X, Y))
     wanted, wanted_pull = torch.func.vjp(lambda x, y: function(x, y)[0], X, Y)
-    torch.testing.assert_close(outputs, wanted)
-    torch.testing.assert_close(others, (Y + 1, torch.tensor([3])))
+    assert_close(outputs, wanted)
+    assert_close(others, (Y + 1, torch.tensor([3])))
     for cotangents in ((ONES, X), (Y, 2 * ONES)):
-        torch.testing.assert_close(pulled(cotangents), wanted_pull(cotangents))
+        assert_close(pulled(cotangents), wanted_pull(cotangents))
 
 
 def test_a_pullback_that_gives_up_its_graph_works_once():
     pulled = vjp(flat(cube), (X,))[2]
-    torch.testing.assert_close(pulled((ONES,), retain_graph=False), (3 * X * X,))
+    assert_close(pulled((ONES,), retain_graph=False), (3 * X * X,))
     with pytest.raises(RuntimeError, match="second time"):
         pulled((ONES,))
 
 
 def test_value_and_gradient():
     value, gradients, others = value_and_gradient(lambda x, y: (((x * y).sum(),), (x * 2,)), (X, Y))
-    torch.testing.assert_close(value, torch.tensor(-6.5))
-    torch.testing.assert_close(gradients, (Y, X))
-    torch.testing.assert_close(others, (2 * X,))
+    assert_close(value, torch.tensor(-6.5))
+    assert_close(gradients, (Y, X))
+    assert_close(others, (2 * X,))
 
 
 def test_jvp_gives_outputs_tangents_and_others():
     outputs, tangents, others = jvp(lambda x, y: ((x * y, x.sin()), (x + 1,)), (X, Y), (ONES, X))
     wanted = torch.func.jvp(lambda x, y: (x * y, x.sin()), (X, Y), (ONES, X))
-    torch.testing.assert_close((outputs, tangents), wanted)
-    torch.testing.assert_close(others, (X + 1,))
+    assert_close((outputs, tangents), wanted)
+    assert_close(others, (X + 1,))
 
 
 def test_what_does_not_depend_on_an_input_has_zero_derivatives():
     constant = torch.full((2,), 5.0)
     outputs, _, pulled = vjp(lambda x, y: ((y * 2, constant), ()), (X, Y))
-    torch.testing.assert_close(pulled((ONES, constant)), (torch.zeros(3), 2 * ONES))
+    assert_close(pulled((ONES, constant)), (torch.zeros(3), 2 * ONES))
     assert outputs[1] is constant
-    torch.testing.assert_close(vjp(lambda x: ((constant,), ()), (X,))[2]((constant,)), (torch.zeros(3),))
-    torch.testing.assert_close(jvp(lambda x: ((constant,), ()), (X,), (ONES,))[1], (torch.zeros(2),))
+    assert_close(vjp(lambda x: ((constant,), ()), (X,))[2]((constant,)), (torch.zeros(3),))
+    assert_close(jvp(lambda x: ((constant,), ()), (X,), (ONES,))[1], (torch.zeros(2),))
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
@@ -130,14 +131,14 @@ def test_derivatives_of_any_order(ours, order):
     for _ in range(order):
         mine, theirs = ours(mine), torch.func.grad(theirs)
     x = torch.tensor(0.7, dtype=torch.float64)
-    torch.testing.assert_close(mine(x), theirs(x))
+    assert_close(mine(x), theirs(x))
 
 
 @pytest.mark.parametrize("outer", [push, pull])
 @pytest.mark.parametrize("inner", [push, pull])
 def test_forward_and_reverse_mode_inside_one_another(outer, inner):
     found = outer(lambda x: inner(torch.sin)(x, Y))(X, ONES)
-    torch.testing.assert_close(found, -X.sin() * Y)
+    assert_close(found, -X.sin() * Y)
 
 
 @pytest.mark.parametrize("outer", ["torch.func", "torchbatch"])
@@ -147,25 +148,25 @@ def test_inside_and_around_those_of_torch_func(outer):
     first, second = (theirs, mine) if outer == "torch.func" else (mine, theirs)
     for one in first.values():
         for other in second.values():
-            torch.testing.assert_close(one(other(cube))(torch.tensor(2.0)), torch.tensor(12.0))
-            torch.testing.assert_close(one(other(one(cube)))(torch.tensor(2.0)), torch.tensor(6.0))
+            assert_close(one(other(cube))(torch.tensor(2.0)), torch.tensor(12.0))
+            assert_close(one(other(one(cube)))(torch.tensor(2.0)), torch.tensor(6.0))
 
 
 @VMAPS
 def test_inside_a_map_and_around_one(mapped):
     rows = torch.stack([X, Y])
-    torch.testing.assert_close(mapped(grad(lambda x: cube(x).sum()))(rows), 3 * rows**2)
-    torch.testing.assert_close(mapped(pull(cube))(rows, rows), 3 * rows**3)
-    torch.testing.assert_close(mapped(push(cube))(rows, rows), 3 * rows**3)
-    torch.testing.assert_close(grad(lambda x: mapped(cube)(x).sum())(rows), 3 * rows**2)
-    torch.testing.assert_close(push(mapped(cube))(rows, rows), 3 * rows**3)
-    torch.testing.assert_close(mapped(grad(lambda x: mapped(grad(cube))(x).sum()))(rows), 6 * rows)
+    assert_close(mapped(grad(lambda x: cube(x).sum()))(rows), 3 * rows**2)
+    assert_close(mapped(pull(cube))(rows, rows), 3 * rows**3)
+    assert_close(mapped(push(cube))(rows, rows), 3 * rows**3)
+    assert_close(grad(lambda x: mapped(cube)(x).sum())(rows), 3 * rows**2)
+    assert_close(push(mapped(cube))(rows, rows), 3 * rows**3)
+    assert_close(mapped(grad(lambda x: mapped(grad(cube))(x).sum()))(rows), 6 * rows)
 
 
 @VMAPS
 def test_a_mapped_pullback(mapped):
     pulled = vjp(flat(cube), (X,))[2]
-    torch.testing.assert_close(mapped(lambda c: pulled((c,))[0])(torch.eye(3)), torch.diag(3 * X * X))
+    assert_close(mapped(lambda c: pulled((c,))[0])(torch.eye(3)), torch.diag(3 * X * X))
 
 
 @VMAPS
@@ -178,19 +179,19 @@ def test_tangents_shared_by_all_samples_have_room_for_what_is_written(mapped):
 
     rows = torch.stack([X, Y])
     found = mapped(lambda x: push(function)(x, ONES))(rows)
-    torch.testing.assert_close(found, torch.stack([push(function)(x, ONES) for x in rows]))
-    torch.testing.assert_close(mapped(lambda t: push(function)(X, t))(rows), torch.stack([push(function)(X, t) for t in rows]))
+    assert_close(found, torch.stack([push(function)(x, ONES) for x in rows]))
+    assert_close(mapped(lambda t: push(function)(X, t))(rows), torch.stack([push(function)(X, t) for t in rows]))
 
 
 def test_gradients_of_ordinary_autograd_go_through():
     x, w = X.clone().requires_grad_(), Y.clone().requires_grad_()
     found = grad(lambda v: (cube(v) * w).sum())(x)
-    torch.testing.assert_close(torch.autograd.grad(found.sum(), (x, w)), (6 * X * Y, 3 * X * X))
+    assert_close(torch.autograd.grad(found.sum(), (x, w)), (6 * X * Y, 3 * X * X))
     found = push(lambda v: cube(v) * w)(x, ONES)
-    torch.testing.assert_close(torch.autograd.grad(found.sum(), (x, w)), (6 * X * Y, 3 * X * X))
+    assert_close(torch.autograd.grad(found.sum(), (x, w)), (6 * X * Y, 3 * X * X))
     cotangent = ONES.clone().requires_grad_()
     found = pull(cube)(x, cotangent)
-    torch.testing.assert_close(torch.autograd.grad(found.sum(), (x, cotangent)), (6 * X, 3 * X * X))
+    assert_close(torch.autograd.grad(found.sum(), (x, cotangent)), (6 * X, 3 * X * X))
     assert not grad(lambda v: cube(v).sum())(X).requires_grad
 
 
@@ -199,8 +200,8 @@ def test_no_grad_around_the_call_does_not_count_and_inside_it_does():
     with torch.no_grad():
         found = grad(lambda x: (cube(x) * w).sum())(X)
         second = grad(grad(cube))(torch.tensor(2.0))
-    torch.testing.assert_close(found, 3 * X * X * Y)
-    torch.testing.assert_close(second, torch.tensor(12.0))
+    assert_close(found, 3 * X * X * Y)
+    assert_close(second, torch.tensor(12.0))
     assert not found.requires_grad
 
     def partly(x):
@@ -208,7 +209,7 @@ def test_no_grad_around_the_call_does_not_count_and_inside_it_does():
             square = x * x
         return (x * square).sum()
 
-    torch.testing.assert_close(grad(partly)(X), X * X)
+    assert_close(grad(partly)(X), X * X)
 
 
 def test_grad_mode_that_a_function_switches_off_is_back_on_after_it():
@@ -216,13 +217,13 @@ def test_grad_mode_that_a_function_switches_off_is_back_on_after_it():
         torch.set_grad_enabled(False)
         return (x * x).sum()
 
-    torch.testing.assert_close(grad(function)(X), torch.zeros(3))
+    assert_close(grad(function)(X), torch.zeros(3))
     assert torch.is_grad_enabled()
 
 
 def test_forward_mode_that_is_off_around_the_call_does_not_count():
     with forward_ad._set_fwd_grad_enabled(False):
-        torch.testing.assert_close(push(cube)(X, ONES), 3 * X * X)
+        assert_close(push(cube)(X, ONES), 3 * X * X)
         assert not torch._C._is_fwd_grad_enabled()
 
 
@@ -253,11 +254,11 @@ def test_hooks_on_saved_tensors_are_refused():
     with pytest.raises(RuntimeError, match=r"hooks on saved tensors .* use torchbatch\.checkpoint"):
         grad(function)(X)
     with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
-        torch.testing.assert_close(grad(lambda x: cube(x).sum())(X), 3 * X * X)
+        assert_close(grad(lambda x: cube(x).sum())(X), 3 * X * X)
         with pytest.raises(RuntimeError, match="not here"), saved_tensors_hooks(lambda x: x, lambda x: x):
             pass
     with saved_tensors_hooks(lambda x: x * 0, lambda x: x):
-        torch.testing.assert_close(push(cube)(X, ONES), 3 * X * X)
+        assert_close(push(cube)(X, ONES), 3 * X * X)
 
 
 class Boom(BaseException):
@@ -279,7 +280,7 @@ def test_everything_is_closed_after_an_error_at_any_depth(make, depth, error):
     with pytest.raises(error, match="from the function"):
         inner(torch.ones(2, 2, 2))
     assert state() == before
-    torch.testing.assert_close(grad(lambda x: cube(x).sum())(X), 3 * X * X)
+    assert_close(grad(lambda x: cube(x).sum())(X), 3 * X * X)
 
 
 def test_a_function_may_catch_an_error_of_an_inner_one():
@@ -292,8 +293,8 @@ def test_a_function_may_catch_an_error_of_an_inner_one():
                 transform(fail)(x)
         return cube(x).sum()
 
-    torch.testing.assert_close(grad(function)(X), 3 * X * X)
-    torch.testing.assert_close(push(function)(X, ONES), (3 * X * X).sum())
+    assert_close(grad(function)(X), 3 * X * X)
+    assert_close(push(function)(X, ONES), (3 * X * X).sum())
 
 
 def test_an_error_in_a_backward_formula_closes_everything():
@@ -328,14 +329,14 @@ def test_gradients_inside_a_dual_level_of_the_user():
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(X, ONES)
         found = forward_ad.unpack_dual(grad(lambda x: cube(x).sum())(dual))
-    torch.testing.assert_close((found.primal, found.tangent), (3 * X * X, 6 * X))
+    assert_close((found.primal, found.tangent), (3 * X * X, 6 * X))
 
 
 def test_complex_numbers_are_those_of_torch_func():
     z = torch.tensor([1 + 2j, -0.5j])
     outputs, pulled = torch.func.vjp(lambda z: z * z.conj() * z, z)
     mine = vjp(flat(lambda z: z * z.conj() * z), (z,))
-    torch.testing.assert_close((mine[0][0], mine[2]((outputs,))), (outputs, pulled(outputs)))
+    assert_close((mine[0][0], mine[2]((outputs,))), (outputs, pulled(outputs)))
 
 
 def test_threads():
@@ -371,7 +372,7 @@ def test_a_pullback_called_in_another_thread():
     thread = threading.Thread(target=lambda: found.append(pulled((ONES,))[0]))
     thread.start()
     thread.join()
-    torch.testing.assert_close(found, [3 * X * X])
+    assert_close(found, [3 * X * X])
 
 
 def test_results_are_plain_tensors():
@@ -402,7 +403,7 @@ def test_modes_see_the_backward_pass():
 
     names: list[str] = []
     with Names():
-        torch.testing.assert_close(pull(cube)(X, ONES), 3 * X * X)
+        assert_close(pull(cube)(X, ONES), 3 * X * X)
     assert "grad" in names
 
 
@@ -413,7 +414,7 @@ def test_compiled_autograd_is_not_used():
         raise AssertionError("compiled")
 
     with compiled_autograd._enable(compiler):
-        torch.testing.assert_close(pull(cube)(X, ONES), 3 * X * X)
+        assert_close(pull(cube)(X, ONES), 3 * X * X)
 
 
 def test_a_call_leaves_nothing_for_the_garbage_collector():
@@ -448,4 +449,4 @@ def test_dynamo_is_handed_torch_func(function, monkeypatch):
         value, gradients, others = value_and_gradient(lambda x: ((cube(x).sum(),), (x + 1,)), (X,))
         assert value == cube(X).sum()
         found = (cube(X), *others, *gradients)
-    torch.testing.assert_close(found, (cube(X), X + 1, 3 * X * X))
+    assert_close(found, (cube(X), X + 1, 3 * X * X))

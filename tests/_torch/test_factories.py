@@ -7,7 +7,7 @@ import torch
 
 from torchbatch import vmap
 from torchbatch._torch import factories
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 X = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
 MAKERS = {
@@ -38,7 +38,7 @@ def test_what_is_made_can_be_written(name):
         room[0] = x.sum()
         return room
 
-    torch.testing.assert_close(vmap(write)(X), loop(write)(X))
+    assert_close(vmap(write)(X), loop(write)(X))
 
 
 def test_the_lists_name_what_exists():
@@ -55,4 +55,4 @@ def test_with_room_gives_new_tensors_their_room(make):
             room[0] = x[0]
         return room
 
-    torch.testing.assert_close(vmap(write, randomness="different")(X)[:, 0], X[:, 0])
+    assert_close(vmap(write, randomness="different")(X)[:, 0], X[:, 0])

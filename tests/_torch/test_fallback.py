@@ -14,6 +14,7 @@ from torchbatch import vmap
 from torchbatch._torch import repairs, rules
 from torchbatch._torch.fallback import _Policy, fallback, mode
 from torchbatch.errors import AxisError, DataDependentError, FallbackError, FallbackWarning
+from torchbatch.testing import assert_close
 
 REGISTERED = (repairs, rules)
 LENGTHS = torch.tensor([1, 2])
@@ -38,7 +39,7 @@ def x() -> torch.Tensor:
 def test_rule_16_the_answer_is_right_and_announced_at_the_users_line(x: torch.Tensor) -> None:
     with pytest.warns(FallbackWarning) as caught:
         result = vmap(segments)(x)
-    torch.testing.assert_close(result, torch.tensor([[0.0, 3.0], [3.0, 9.0]]))
+    assert_close(result, torch.tensor([[0.0, 3.0], [3.0, 9.0]]))
     assert len(caught) == 1
     assert str(caught[0].message) == (
         "segment_reduce has no batching rule, so it runs once per sample: the result is right, but it takes as long as a "
@@ -78,7 +79,7 @@ def test_rule_16_holds_in_backward_formulas(x: torch.Tensor) -> None:
     gradient = torch.func.grad(lambda x: segments(x).square().sum())
     with pytest.warns(FallbackWarning, match="^_segment_reduce_backward has no batching rule"):
         result = vmap(gradient)(x)
-    torch.testing.assert_close(result, torch.stack([gradient(row) for row in x]))
+    assert_close(result, torch.stack([gradient(row) for row in x]))
     with fallback("error"), pytest.raises(FallbackError):
         vmap(gradient)(x)
 
@@ -86,14 +87,14 @@ def test_rule_16_holds_in_backward_formulas(x: torch.Tensor) -> None:
 def test_rule_16_says_nothing_of_what_is_not_per_sample(x: torch.Tensor) -> None:
     with fallback("error"):
         result = vmap(lambda y: y + segments(x[0]))(torch.zeros(2, 2))
-    torch.testing.assert_close(result, torch.tensor([[0.0, 3.0], [0.0, 3.0]]))
+    assert_close(result, torch.tensor([[0.0, 3.0], [0.0, 3.0]]))
 
 
 def test_rule_16_nested_maps(x: torch.Tensor) -> None:
     both = torch.stack([x, x + 1])
     with fallback("silent"):
         result = vmap(vmap(segments), in_axes=1, out_axes=1)(both)
-    torch.testing.assert_close(result, torch.stack([torch.stack([segments(row) for row in part]) for part in both]))
+    assert_close(result, torch.stack([torch.stack([segments(row) for row in part]) for part in both]))
 
 
 def test_the_policy_of_a_with_statement_ends_with_it() -> None:
@@ -149,7 +150,7 @@ def test_several_results() -> None:
         counts, edges = vmap(lambda x: tuple(torch.histogram(x, bins=4)))(x)
     for i in range(2):
         expected = torch.histogram(x[i], bins=4)
-        torch.testing.assert_close((counts[i], edges[i]), tuple(expected))
+        assert_close((counts[i], edges[i]), tuple(expected))
 
 
 def test_comparing_in_python_is_an_error_even_where_all_samples_agree() -> None:
@@ -164,7 +165,7 @@ def test_operators_of_other_libraries_keep_to_the_policy() -> None:
     double = torch.ops.torchbatch_test.double
     with fallback("silent"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        torch.testing.assert_close(vmap(double)(torch.ones(2, 3)), torch.full((2, 3), 2.0))
+        assert_close(vmap(double)(torch.ones(2, 3)), torch.full((2, 3), 2.0))
     with fallback("error"), pytest.raises(FallbackError, match=r"^torchbatch_test::double has no batching rule"):
         vmap(double)(torch.ones(2, 3))
 

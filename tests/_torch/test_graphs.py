@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torchbatch import grad, vmap
 from torchbatch._torch import graphs
 from torchbatch.errors import LeakedTracerError
+from torchbatch.testing import assert_close
 
 X = torch.tensor([1.0, 2.0, 3.0])
 
@@ -26,7 +27,7 @@ def operations(trace):
 def test_every_transform_is_gone():
     found = traced(lambda x: [vmap(grad(lambda a: a.sin() * 2))(x)], X)
     assert operations(found) and all(name.startswith("aten.") for name in operations(found))
-    torch.testing.assert_close(found.graph(X), [X.cos() * 2])
+    assert_close(found.graph(X), [X.cos() * 2])
     assert found.outputs == 1 and found.captured == [] and found.mutated == [] and found.sizes is None
 
 
@@ -41,7 +42,7 @@ def test_captured_tensors_become_inputs_in_the_order_in_which_they_are_met():
     found = traced(lambda x: [b * x + a * b + (a + b).sum() * unused.dim()], X)
     assert [value is other for value, other in zip(found.captured, (b, a), strict=True)] == [True, True]
     assert len(found.graph.graph.find_nodes(op="placeholder")) == len(found.examples) == 3
-    torch.testing.assert_close(found.graph(X, 10 * b, 2 * a), [10 * b * X + 2 * a * 10 * b + (2 * a + 10 * b).sum()])
+    assert_close(found.graph(X, 10 * b, 2 * a), [10 * b * X + 2 * a * 10 * b + (2 * a + 10 * b).sum()])
 
 
 def test_what_is_done_to_captured_tensors_alone_is_recorded():
@@ -53,7 +54,7 @@ def test_what_is_done_to_captured_tensors_alone_is_recorded():
 def test_constants_are_no_captured_tensors():
     found = traced(lambda x: [x * torch.tensor([1.0, 2.0, 3.0]), torch.tensor(5)], X)
     assert found.captured == []
-    torch.testing.assert_close(found.graph(X), [X * X, torch.tensor(5)])
+    assert_close(found.graph(X), [X * X, torch.tensor(5)])
 
 
 def test_examples_carry_no_numbers_and_no_gradients():
@@ -69,9 +70,9 @@ def test_gradients_are_recorded_with_the_function():
     assert found.differentiable == [0, 2] and found.wanted == [0, 2] and found.outputs == 3
     tangents = [torch.tensor(2.0), torch.tensor([1.0, 0.0, -1.0])]
     *outputs, by_x, by_w = found.graph(x.detach(), torch.ones(3), w.detach(), *tangents)
-    torch.testing.assert_close(outputs[2], X.sin() + 1)
-    torch.testing.assert_close(by_x, 2 * w.detach() + tangents[1] * X.cos())
-    torch.testing.assert_close(by_w, 2 * X)
+    assert_close(outputs[2], X.sin() + 1)
+    assert_close(by_x, 2 * w.detach() + tangents[1] * X.cos())
+    assert_close(by_w, 2 * X)
 
 
 @pytest.mark.parametrize("gradients", [True, False])
@@ -92,7 +93,7 @@ def test_no_grad_detach_and_custom_functions_mean_what_they_mean():
 
     x = X.clone().requires_grad_()
     found = traced(lambda x: [Tripled.apply(x) * x.detach()], x, gradients=True)
-    torch.testing.assert_close(found.graph(X, torch.ones(3))[1], 3 * X)
+    assert_close(found.graph(X, torch.ones(3))[1], 3 * X)
     assert not any("detach" in name for name in operations(found))
 
 
@@ -107,7 +108,7 @@ def test_in_place_writes_are_taken_out():
     assert found.mutated == [1] and found.outputs == 2
     assert not any(name.split(".")[1].endswith("_") for name in operations(found))
     y = torch.ones(3)
-    torch.testing.assert_close(found.graph(X, y), [torch.tensor([5.0, 4.0, 6.0]), (X + 1) * 2, X + 1])
+    assert_close(found.graph(X, y), [torch.tensor([5.0, 4.0, 6.0]), (X + 1) * 2, X + 1])
     assert torch.equal(y, torch.ones(3))
 
 
@@ -183,4 +184,4 @@ def test_open_sizes_are_symbols():
     size, fixed = found.examples[0].shape
     assert isinstance(size, torch.SymInt) and fixed == 3
     assert found.sizes.accept([torch.ones(9, 3), torch.ones(3)]) and not found.sizes.accept([torch.ones(9, 4), torch.ones(4)])
-    torch.testing.assert_close(found.graph(torch.ones(9, 3), X), [9 + X])
+    assert_close(found.graph(torch.ones(9, 3), X), [9 + X])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import torchbatch
+from torchbatch.testing import assert_close
 
 EDGES = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-40, 0.625, -0.625, 9.1, 100.0]
 
@@ -26,16 +27,16 @@ def test_what_is_made_of_tanh():
     def gelu(x):
         return torch.nn.functional.gelu(x, approximate="tanh")
 
-    torch.testing.assert_close(torchbatch.jit(gelu)(NUMBERS), gelu(NUMBERS), equal_nan=True)
+    assert_close(torchbatch.jit(gelu)(NUMBERS), gelu(NUMBERS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.complex64])
 def test_tanh_of_other_dtypes(dtype):
     x = torch.linspace(-5, 5, 101).to(dtype)
-    torch.testing.assert_close(torchbatch.jit(torch.tanh)(x), torch.tanh(x))
+    assert_close(torchbatch.jit(torch.tanh)(x), torch.tanh(x))
 
 
 def test_the_gradient_of_tanh():
     x = torch.linspace(-5, 5, 101, requires_grad=True)
     (found,) = torch.autograd.grad(torchbatch.jit(torch.tanh)(x).sum(), x)
-    torch.testing.assert_close(found, 1 - torch.tanh(x) ** 2, rtol=1e-4, atol=1e-6)
+    assert_close(found, 1 - torch.tanh(x) ** 2, rtol=1e-4, atol=1e-6)

@@ -7,7 +7,7 @@ import torch
 
 from torchbatch import grad, jacfwd, jit, vmap
 from torchbatch.errors import DataDependentError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 X = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, 6.0], [-1.0, -1.0, -1.0]])
 ROWS = torch.arange(18.0).reshape(3, 3, 2) - 7
@@ -98,15 +98,15 @@ def test_as_the_loop(fun, x, how):
 
     expected = loop(value)(x, V), loop(grad(loss, (0, 1)))(x, V), loop(jacfwd(value))(x, V)
     found = run(lambda x, v: (vmap(value)(x, v), vmap(grad(loss, (0, 1)))(x, v), vmap(jacfwd(value))(x, v)))(x, V)
-    torch.testing.assert_close(found, expected)
+    assert_close(found, expected)
     nested = run(lambda x, v: vmap(vmap(value))(x[None], v[None]))(x, V)
-    torch.testing.assert_close(nested[0], expected[0])
+    assert_close(nested[0], expected[0])
 
 
 def test_an_argument_is_written_in_place():
     x = X.clone()
     vmap(plus)(x, V)
-    torch.testing.assert_close(x, loop(plus)(X.clone(), V))
+    assert_close(x, loop(plus)(X.clone(), V))
 
 
 def a_value_for_each(x, v):

@@ -17,6 +17,7 @@ import torchbatch
 from torchbatch import jit, load, tree, vmap
 from torchbatch._torch import package
 from torchbatch.errors import CompilerError, UnsupportedOperationError
+from torchbatch.testing import assert_close
 
 WEIGHTS = torch.linspace(-1, 1, 15).reshape(5, 3)
 X = torch.linspace(0, 1, 20).reshape(4, 5)
@@ -87,8 +88,8 @@ def test_it_runs_in_a_fresh_process(backend, tmp_path):
         expected_state = state()
         torch.manual_seed(0)
         expected = model("max", args[0], expected_state, **kwargs)
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(after[1], expected_state)
+        assert_close(found, expected)
+        assert_close(after[1], expected_state)
         assert versions[0] < versions[1]  # autograd is told what was written
 
 
@@ -97,14 +98,14 @@ def test_open_sizes_run_in_a_fresh_process(tmp_path):
     compiled.save(tmp_path / "f")
     cases = [((torch.randn(size, 5),), {}) for size in (2, 7, 100)]
     for ((x,), _), (found, *_) in zip(cases, in_another_process(tmp_path / "f", cases, tmp_path), strict=True):
-        torch.testing.assert_close(found, torch.tanh(x) * WEIGHTS[:, 0] + x.sum(1, keepdim=True))
+        assert_close(found, torch.tanh(x) * WEIGHTS[:, 0] + x.sum(1, keepdim=True))
 
 
 def test_a_result_is_not_a_constant_of_the_package(tmp_path):
     jit(lambda x: (x, torch.tensor([1.0, 2.0])), backend="eager").lower(X).compile().save(tmp_path / "f")
     found = load(tmp_path / "f")
     found(X)[1].add_(100)
-    torch.testing.assert_close(found(X)[1], torch.tensor([1.0, 2.0]))
+    assert_close(found(X)[1], torch.tensor([1.0, 2.0]))
 
 
 # --- files that do not fit -------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def test_a_gpu_that_is_missing(path):
 
 
 def test_a_class_of_a_module_that_is_missing(path, monkeypatch):
-    torch.testing.assert_close(load(path)(Pair(X, X)).first, X + 1)
+    assert_close(load(path)(Pair(X, X)).first, X + 1)
     monkeypatch.delitem(globals(), "Pair")
     assert refused(path).startswith("load: PATH needs a class that cannot be found: ")
 
@@ -230,6 +231,6 @@ def test_a_class_is_registered_by_its_module(tmp_path):
 )
 def test_a_captured_tensor_keeps_values_and_strides(value):
     found = package._alone(value)
-    torch.testing.assert_close(found, value.detach())
+    assert_close(found, value.detach())
     assert found.stride() == value.stride() and not found.requires_grad
     assert found.untyped_storage().nbytes() <= max(value.numel(), 16) * value.element_size()

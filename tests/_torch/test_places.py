@@ -7,7 +7,7 @@ import torch
 
 import torchbatch
 from torchbatch import grad, jacfwd, jacrev, jit, vmap
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 X = torch.linspace(-1, 2, 60).reshape(4, 5, 3)
 I = torch.tensor([0, 2, 4, 1])  # noqa: E741
@@ -76,30 +76,30 @@ def test_a_number_of_each_sample_is_an_index(name, how):
         fun = TRANSFORMS[transform](FUNCTIONS[name])
         expected = loop(fun)(X, I)
         found = run(lambda x, i, fun=fun: (vmap(fun)(x, i), vmap(vmap(fun))(x[None], i[None])))(X, I)
-        torch.testing.assert_close(found[0], expected, msg=lambda text, at=transform: f"{at}: {text}")
-        torch.testing.assert_close(found[1], expected[None])
+        assert_close(found[0], expected, where=str(transform))
+        assert_close(found[1], expected[None])
 
 
 @pytest.mark.parametrize("name", ["x[i]", "x[i, :]", "x[i, None]", "x[i, [..]]", "index_select", "x[i] = v", "x[i] += v"])
 def test_an_index_that_a_derivative_closes_over(name):
     fun = lambda x, i: grad(lambda x: FUNCTIONS[name](x, i))(x)  # noqa: E731
-    torch.testing.assert_close(vmap(fun)(X, I), loop(fun)(X, I))
+    assert_close(vmap(fun)(X, I), loop(fun)(X, I))
 
 
 def test_a_shared_tensor_at_a_place_of_each_sample():
     fun = lambda x, i: (x[i] ** 2).sum()  # noqa: E731
-    torch.testing.assert_close(vmap(grad(fun), (None, 0))(X[0], I), loop(grad(fun), (None, 0))(X[0], I))
+    assert_close(vmap(grad(fun), (None, 0))(X[0], I), loop(grad(fun), (None, 0))(X[0], I))
     outer = vmap(lambda x: vmap(grad(fun), (None, 0))(x, I))(X)
-    torch.testing.assert_close(outer, loop(lambda x: loop(grad(fun), (None, 0))(x, I))(X))
+    assert_close(outer, loop(lambda x: loop(grad(fun), (None, 0))(x, I))(X))
     inner = vmap(lambda i: vmap(lambda x: grad(fun)(x, i))(X))(I)
-    torch.testing.assert_close(inner, outer.movedim(0, 1))
+    assert_close(inner, outer.movedim(0, 1))
 
 
 def test_as_in_jax():
     jax = pytest.importorskip("jax")
     fun = lambda x, i: (x[i] ** 2).sum() * x[i, 1]  # noqa: E731
     theirs = jax.vmap(jax.grad(fun))(X.numpy(), I.numpy())
-    torch.testing.assert_close(vmap(grad(fun))(X, I), torch.tensor(theirs.__array__()))
+    assert_close(vmap(grad(fun))(X, I), torch.tensor(theirs.__array__()))
 
 
 def test_what_comes_out_is_an_ordinary_tensor():
@@ -116,4 +116,4 @@ def test_a_number_beyond_the_end_is_an_error():
 @pytest.mark.xfail(reason="an index that is computed inside of a derivative from what it closes over", strict=True)
 def test_an_index_computed_from_what_a_derivative_closes_over():
     fun = lambda x, i: grad(lambda x: x[i + 0].sum())(x)  # noqa: E731
-    torch.testing.assert_close(vmap(fun)(X, I), loop(fun)(X, I))
+    assert_close(vmap(fun)(X, I), loop(fun)(X, I))

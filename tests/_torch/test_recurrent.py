@@ -10,7 +10,7 @@ from torch import nn
 
 import torchbatch
 from torchbatch import vmap
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 CELLS = {
     "lstm": (lambda **k: nn.LSTMCell(3, 4, **k), 2),
@@ -34,7 +34,7 @@ def test_a_cell_equals_the_loop(name, bias, mapped_state):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours = vmap(cell, in_axes=axes)(*args)
-    torch.testing.assert_close(ours, loop(cell, in_axes=axes)(*args))
+    assert_close(ours, loop(cell, in_axes=axes)(*args))
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -50,4 +50,4 @@ def test_gradients_of_a_handwritten_loop_over_time(name):
         return (state if states == 1 else state[0]).square().sum()
 
     gradient = torchbatch.grad(last)
-    torch.testing.assert_close(vmap(gradient)(xs), torch.stack([gradient(x) for x in xs]))
+    assert_close(vmap(gradient)(xs), torch.stack([gradient(x) for x in xs]))

@@ -11,7 +11,7 @@ from torch import nn
 import torchbatch
 from torchbatch import grad, hessian, jacfwd, jacrev, jit, jvp, vmap
 from torchbatch.errors import RandomnessError, UnsupportedOperationError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 KINDS = {
     "lstm": (nn.LSTM, {}),
@@ -63,10 +63,10 @@ def test_values_and_gradients_are_the_loops(kind, settings, batch):
     gradient = grad(loss_of(network), (0, 1))
     for state, axis in [((), ()), ((states_of(network, batch),), (None,)), ((states_of(network, batch, (6,)),), (0,))]:
         axes = (0, *axis)
-        torch.testing.assert_close(vmap(network, axes)(x, *state), loop(network, axes)(x, *state))
+        assert_close(vmap(network, axes)(x, *state), loop(network, axes)(x, *state))
         for of_params, given in ((None, params), (0, many)) if axis else ():
             ours = vmap(gradient, (of_params, *axes))(given, x, *state)
-            torch.testing.assert_close(ours, loop(gradient, (of_params, *axes))(given, x, *state))
+            assert_close(ours, loop(gradient, (of_params, *axes))(given, x, *state))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,11 +75,11 @@ def test_what_varies_may_be_the_weights_or_the_state_alone(kind):
     params, x = dict(network.named_parameters()), torch.randn(5, 2, 3)
     many = {name: value.detach() + 0.1 * torch.randn(6, *value.shape) for name, value in params.items()}
     loss = loss_of(network)
-    torch.testing.assert_close(vmap(loss, (0, None))(many, x), loop(loss, (0, None))(many, x))
+    assert_close(vmap(loss, (0, None))(many, x), loop(loss, (0, None))(many, x))
     xs = torch.randn(6, 5, 2, 3)
-    torch.testing.assert_close(vmap(loss)(many, xs), loop(loss)(many, xs))
+    assert_close(vmap(loss)(many, xs), loop(loss)(many, xs))
     state = states_of(network, (2,), (6,))
-    torch.testing.assert_close(vmap(network, (None, 0))(x, state), loop(network, (None, 0))(x, state))
+    assert_close(vmap(network, (None, 0))(x, state), loop(network, (None, 0))(x, state))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,21 +87,21 @@ def test_in_every_order_with_other_transforms(kind):
     network, x = made(kind, num_layers=2), torch.randn(4, 3, 3)
     params = dict(network.named_parameters())
     one = lambda params, x: torch.func.functional_call(network, params, (x,))[0]  # noqa: E731
-    torch.testing.assert_close(vmap(vmap(network))(x[None])[0][0], loop(network)(x)[0])
-    torch.testing.assert_close(vmap(network, in_axes=1, out_axes=2)(x)[0], loop(network, in_axes=1, out_axes=2)(x)[0])
+    assert_close(vmap(vmap(network))(x[None])[0][0], loop(network)(x)[0])
+    assert_close(vmap(network, in_axes=1, out_axes=2)(x)[0], loop(network, in_axes=1, out_axes=2)(x)[0])
 
     def total(mapped):
         return lambda params: mapped(one, (None, 0))(params, x).square().sum()
 
-    torch.testing.assert_close(grad(total(vmap))(params), grad(total(loop))(params))
+    assert_close(grad(total(vmap))(params), grad(total(loop))(params))
     rows = torch.stack([torch.autograd.functional.jacobian(lambda x: one(params, x), sample) for sample in x])
     for jacobian in (jacrev, jacfwd):
-        torch.testing.assert_close(vmap(jacobian(one, 1), (None, 0))(params, x), rows)
-        torch.testing.assert_close(jacobian(lambda x: one(params, x))(x[0]), rows[0])
+        assert_close(vmap(jacobian(one, 1), (None, 0))(params, x), rows)
+        assert_close(jacobian(lambda x: one(params, x))(x[0]), rows[0])
     moved = jvp(vmap(lambda x: one(params, x)), (x,), (x,))[1]
-    torch.testing.assert_close(moved, torch.einsum("nabcd,ncd->nab", rows, x))
+    assert_close(moved, torch.einsum("nabcd,ncd->nab", rows, x))
     curved = lambda x: one(params, x).sum()  # noqa: E731
-    torch.testing.assert_close(
+    assert_close(
         vmap(hessian(curved))(x[:2]), torch.stack([torch.autograd.functional.hessian(curved, s) for s in x[:2]])
     )
 
@@ -110,8 +110,8 @@ def test_in_every_order_with_other_transforms(kind):
 def test_traced(kind):
     network, x = made(kind), torch.randn(2, 2, 3)
     params, gradient = dict(network.named_parameters()), vmap(grad(loss_of(network)), (None, 0))
-    torch.testing.assert_close(jit(gradient, backend="eager")(params, x), gradient(params, x))
-    torch.testing.assert_close(jit(vmap(network), backend="eager")(x), vmap(network)(x))
+    assert_close(jit(gradient, backend="eager")(params, x), gradient(params, x))
+    assert_close(jit(vmap(network), backend="eager")(x), vmap(network)(x))
 
 
 @pytest.mark.parametrize(("kind", "gradients"), itertools.product(["lstm", "gru", "tanh"], [False, True]))
@@ -128,14 +128,14 @@ def test_dropout_between_layers(kind, gradients):
     mean = vmap(lambda x: network(x)[0], randomness="different")(x[0].expand(4000, 3, 3)).mean(0)
     torch.manual_seed(4)
     expected = torch.stack([network(x[0])[0].detach() for _ in range(2000)]).mean(0)
-    torch.testing.assert_close(mean, expected, rtol=0, atol=0.03)
-    torch.testing.assert_close(vmap(run)(x) if network.eval() else None, loop(run)(x))
+    assert_close(mean, expected, rtol=0, atol=0.03)
+    assert_close(vmap(run)(x) if network.eval() else None, loop(run)(x))
 
 
 def test_other_dtypes_and_empty_batches():
     network = made("lstm", bidirectional=True).double()
     x = torch.randn(4, 3, 3, dtype=torch.float64)
-    torch.testing.assert_close(vmap(network)(x), loop(network)(x))
+    assert_close(vmap(network)(x), loop(network)(x))
     assert vmap(network)(x[:0])[0].shape == (0, 3, 8)
 
 
@@ -162,5 +162,5 @@ def test_packed_sequences_are_refused_with_a_way_out(kind):
     with pytest.raises(UnsupportedOperationError, match="pack_padded_sequence"):
         vmap(packed)(x, lengths.expand(4, 2))
     masked = vmap(lambda x: torch.where(torch.arange(5)[:, None] < lengths[:, None, None], network(x)[0], 0.0))(x)
-    torch.testing.assert_close(masked, torch.stack([packed(each, lengths) for each in x]), atol=1e-5, rtol=1e-5)
+    assert_close(masked, torch.stack([packed(each, lengths) for each in x]), atol=1e-5, rtol=1e-5)
     assert packed(x[0], lengths).shape == vmap(lambda y: packed(x[0], lengths) + y)(torch.zeros(2)).shape[1:]

@@ -11,6 +11,7 @@ from torch.autograd.functional import hessian, jacobian
 from torchbatch import jit, vmap
 from torchbatch._torch import samplewise
 from torchbatch.errors import UnsupportedOperationError
+from torchbatch.testing import assert_close
 
 X = torch.tensor([1.0, 2.0, 3.0])
 
@@ -35,14 +36,14 @@ def cubes():
 def test_a_batch_of_gradients(backend):
     x = X.clone().requires_grad_()
     got = torch.autograd.grad(jit(weighed, backend=backend)(x), x, numbers(5, 4), is_grads_batched=True)
-    torch.testing.assert_close(got, torch.autograd.grad(weighed(x), x, numbers(5, 4), is_grads_batched=True))
+    assert_close(got, torch.autograd.grad(weighed(x), x, numbers(5, 4), is_grads_batched=True))
 
 
 def test_a_jacobian_and_its_gradients_for_captured_tensors():
     scale = torch.tensor(2.0, requires_grad=True)
     jitted = jit(lambda x: (weighed(x) * scale, x * scale), backend="eager")
     for got, want in zip(jacobian(jitted, X, vectorize=True), jacobian(jitted, X), strict=True):
-        torch.testing.assert_close(got, want)
+        assert_close(got, want)
 
 
 @pytest.mark.parametrize("mapped", [vmap, torch.func.vmap])
@@ -51,14 +52,14 @@ def test_a_backward_pass_inside_vmap(mapped, axis):
     x, y = cubes()
     pull = lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0]  # noqa: E731
     v = numbers(3, 3)
-    torch.testing.assert_close(mapped(pull, axis)(v), 3 * X**2 * v.movedim(axis, 0))
+    assert_close(mapped(pull, axis)(v), 3 * X**2 * v.movedim(axis, 0))
 
 
 def test_two_levels_and_no_samples():
     x, y = cubes()
     pull = lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0]  # noqa: E731
     v = numbers(2, 4, 3)
-    torch.testing.assert_close(vmap(vmap(pull, in_axes=1, out_axes=1))(v.mT.contiguous()), (3 * X**2 * v).mT)
+    assert_close(vmap(vmap(pull, in_axes=1, out_axes=1))(v.mT.contiguous()), (3 * X**2 * v).mT)
     assert vmap(pull)(torch.zeros(0, 3)).shape == (0, 3)
 
 
@@ -73,7 +74,7 @@ def test_each_sample_is_plain_and_contiguous():
         return samplewise.run(fun, [x, 2, torch.ones(2)][:2])[0]
 
     x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    torch.testing.assert_close(vmap(mapped, in_axes=1)(x), 2 * x.T)
+    assert_close(vmap(mapped, in_axes=1)(x), 2 * x.T)
     assert seen == [[((1.0, 4.0), True), 2], [((2.0, 5.0), True), 2], [((3.0, 6.0), True), 2]]
 
 
@@ -86,8 +87,8 @@ def test_older_batches_within_each_other():
     double = lambda x, y: samplewise.run(plain, [x, y])[0]  # noqa: E731
     x, y = numbers(2, 3, 4), numbers(2, 4)
     got = old(lambda x, y: old(lambda row: double(row, y))(x))(x, y)
-    torch.testing.assert_close(got, x * 2 + y[:, None])
-    torch.testing.assert_close(old(lambda row: double(torch.ones(4), row[0]) + row)(x), y.new_full((2, 1, 4), 2.0) + x[:, :1] + x)
+    assert_close(got, x * 2 + y[:, None])
+    assert_close(old(lambda row: double(torch.ones(4), row[0]) + row)(x), y.new_full((2, 1, 4), 2.0) + x[:, :1] + x)
 
 
 @pytest.mark.parametrize("differentiated", [functools.partial(jacobian, create_graph=True), hessian])

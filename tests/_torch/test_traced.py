@@ -8,7 +8,7 @@ import torch
 
 from torchbatch import vmap
 from torchbatch.errors import AxisError, InputTypeError, OutputTypeError, UnmappedOutputError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 X, Y = torch.arange(12.0).view(3, 4), torch.ones(3, 4)
 LINEAR = torch.nn.Linear(4, 2)
@@ -41,7 +41,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_it_gives_what_the_loop_gives(name):
-    torch.testing.assert_close(CALLS[name](vmap), CALLS[name](loop))
+    assert_close(CALLS[name](vmap), CALLS[name](loop))
 
 
 @pytest.mark.parametrize(

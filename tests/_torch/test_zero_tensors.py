@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import torchbatch
 from torchbatch import jvp, vmap
+from torchbatch.testing import assert_close
 
 VIEWS = {
     "view": lambda z: z.view(4),
@@ -51,7 +52,7 @@ def test_tangents_under_nested_vmaps(axes, times, backend, dynamic):
         f = tangent(f)
     both = vmap(vmap(f, in_axes=axes[0]), in_axes=axes[1])
     x, w = torch.rand(3, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
-    torch.testing.assert_close(torchbatch.jit(both, backend=backend, dynamic=dynamic)(x, w), both(x, w))
+    assert_close(torchbatch.jit(both, backend=backend, dynamic=dynamic)(x, w), both(x, w))
 
 
 def test_zeros_that_are_the_result():

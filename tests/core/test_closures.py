@@ -10,6 +10,7 @@ import torch
 
 from torchbatch import grad, jit, lax, value_and_grad, vmap
 from torchbatch.core.closures import tensors_in, with_tensors
+from torchbatch.testing import assert_close
 
 A, B = torch.ones(2), torch.zeros(2)
 
@@ -63,8 +64,8 @@ def test_two_partials_are_told_apart():
         return lax.cond(x > 0, lambda: times(plus(torch.ones(()))), lambda: x)
 
     values, slopes = vmap(value_and_grad(fun), axis_name="i")(x)
-    torch.testing.assert_close(values, x * (x + 1))
-    torch.testing.assert_close(slopes, 2 * x + 1)
+    assert_close(values, x * (x + 1))
+    assert_close(slopes, 2 * x + 1)
 
 
 class Pair(NamedTuple):
@@ -131,4 +132,4 @@ def test_a_tensor_that_goes_straight_into_a_transform(how, around):
 
     w = torch.tensor(2.0)
     for call, x in ((grad(fun), w), (grad(grad(fun)), w), (vmap(grad(fun)), torch.stack([w, w / 2]))):
-        torch.testing.assert_close(jit(call, backend="eager")(x), call(x))
+        assert_close(jit(call, backend="eager")(x), call(x))

@@ -9,6 +9,7 @@ from torchbatch.core.executable import Backend, Executable
 from torchbatch.core.program import Program
 from torchbatch.core.signature import StaticArguments, bind
 from torchbatch.errors import AxisSpecError, UnsupportedOperationError
+from torchbatch.testing import assert_close
 
 X = torch.tensor([1.0, 2.0, 3.0])
 REPLAYED = Backend("eager", None, None)
@@ -80,7 +81,7 @@ def test_forward_and_backward_are_two_graphs():
     assert len(made.source) == 1, "the backward pass is built when it is needed"
     value.backward()
     assert len(made.source) == 2
-    torch.testing.assert_close(x.grad, X * (X * X).exp())
+    assert_close(x.grad, X * (X * X).exp())
     made.run([x, w])[0].backward()
     assert len(made.source) == 2, "and once"
 
@@ -96,7 +97,7 @@ def test_the_backward_pass_is_not_differentiated_in_silence():
     x = X.clone().requires_grad_()
     _, value = replayed(lambda x: (x**3).sum(), x)
     (first,) = torch.autograd.grad(value, x, create_graph=True)
-    torch.testing.assert_close(first.detach(), 3 * X**2)
+    assert_close(first.detach(), 3 * X**2)
     with pytest.raises(UnsupportedOperationError, match="differentiated a second time by autograd"):
         first.sum().backward()
 
@@ -111,7 +112,7 @@ def test_gradients_in_a_backend_of_ones_own():
     x = X.clone().requires_grad_()
     made = executable(lambda x: (x.sin() * 2).sum(), x, backend=Backend(backend, None, None))
     made.run([x])[0].backward()
-    torch.testing.assert_close(x.grad, 2 * X.cos())
+    assert_close(x.grad, 2 * X.cos())
     assert len(graphs) == 2
     assert all(count == len(graph.graph.find_nodes(op="placeholder")) for graph, count in graphs)
 

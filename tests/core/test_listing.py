@@ -16,6 +16,7 @@ from torchbatch.core import views
 from torchbatch.core.listing import letters, listing, of_trace, short
 from torchbatch.core.program import Program
 from torchbatch.core.signature import StaticArguments, bind
+from torchbatch.testing import assert_close
 from torchbatch.transforms.grad import grad
 from torchbatch.transforms.jacobian import hessian, jacfwd
 from torchbatch.transforms.jit import jit
@@ -371,7 +372,7 @@ def test_the_text_says_what_is_done(name):
     found = Reader("\n".join(of_trace(trace).lines))(*args, *trace.captured)
     expected = trace.graph(*args, *trace.captured)
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours.reshape(theirs.shape), theirs)
+        assert_close(ours.reshape(theirs.shape), theirs)
 
 
 # Each of these makes one view out of another, if it can, from two numbers.
@@ -407,7 +408,7 @@ def test_chains_of_views(chain, shape):
     found = Reader("\n".join(lines))(start, *trace.captured)
     for ours, theirs in zip(found, fun(start), strict=True):
         assert ours.shape == theirs.shape, lines
-        torch.testing.assert_close(ours, theirs)
+        assert_close(ours, theirs)
 
 
 def test_a_view_in_terms_of_its_base():

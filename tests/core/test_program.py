@@ -13,6 +13,7 @@ from torchbatch.core.frames import in_scope
 from torchbatch.core.program import Program, mapped_sizes
 from torchbatch.core.signature import StaticArguments, bind
 from torchbatch.errors import OutputTypeError
+from torchbatch.testing import assert_close
 
 X = torch.tensor([1.0, 2.0, 3.0])
 
@@ -32,8 +33,8 @@ def test_trees_on_both_sides():
 
     found = run(program(fun, {"w": X, "b": X[0]}, 2, how=3.0))
     assert found.keys() == {"y", "none", "how"} and found["none"] is None
-    torch.testing.assert_close(found["y"], (X * 2, [X[0]]))
-    torch.testing.assert_close(found["how"], torch.tensor(4.0))
+    assert_close(found["y"], (X * 2, [X[0]]))
+    assert_close(found["how"], torch.tensor(4.0))
 
 
 def test_static_values_reach_the_function_as_they_are():

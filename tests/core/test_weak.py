@@ -7,6 +7,7 @@ import torch
 
 from torchbatch import vmap
 from torchbatch.core.weak import WIDEST, WeakNumbers, as_weak, strong
+from torchbatch.testing import assert_close
 
 NUMBERS = [True, 3, 2.5, 1 - 2j]
 
@@ -32,7 +33,7 @@ def test_promotion_is_that_of_a_number(number, dtype, shape):
     for fun in (lambda x, n: x * n, lambda x, n: n + x, lambda x, n: torch.where(x == x, x, n)):
         with WeakNumbers([weak]):
             got = fun(x, weak)
-        torch.testing.assert_close(got, fun(x, number))
+        assert_close(got, fun(x, number))
 
 
 def test_several_tensors():
@@ -136,4 +137,4 @@ CHOICES = {
 def test_a_comparison_of_numbers_stays_a_truth_value_where_one_chooses(choose, number):
     with WeakNumbers([n := as_weak(number)]):
         got = choose((n >= 0) & (n <= 3), n)
-    torch.testing.assert_close(got, choose(torch.tensor(0 <= number <= 3), number))
+    assert_close(got, choose(torch.tensor(0 <= number <= 3), number))

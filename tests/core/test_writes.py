@@ -17,6 +17,7 @@ from torch import nn
 import torchbatch
 from torchbatch.core import writes
 from torchbatch.core.writes import may_write
+from torchbatch.testing import assert_close
 
 FOLLOWED = pytest.mark.skipif(not writes._FOLLOWED, reason="the code of this Python version is not read")
 W, OUT = torch.ones(2, 2), {"out": torch.zeros(2)}
@@ -382,4 +383,4 @@ def test_a_cell_that_is_still_empty():
 def test_writes_work_where_the_answer_is_yes(name):
     x = torch.arange(3.0)
     found = torchbatch.vmap(WRITES[name])(x)
-    torch.testing.assert_close(found, torchbatch.testing.loop(WRITES[name])(x))
+    assert_close(found, torchbatch.testing.loop(WRITES[name])(x))

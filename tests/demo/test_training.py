@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torchbatch.demo import data, training
 from torchbatch.demo.main import new_model
 from torchbatch.demo.model import loss_of, parameters, probabilities
+from torchbatch.testing import assert_close
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +25,14 @@ def test_the_model_is_small_and_does_not_mix_images(digits):
     model = new_model(0)
     assert 10_000 <= sum(parameter.numel() for parameter in model.parameters()) <= 20_000
     one_by_one = torch.cat([probabilities(model, image[None]) for image in digits.images])
-    torch.testing.assert_close(probabilities(model, digits.images), one_by_one)
-    torch.testing.assert_close(one_by_one.sum(dim=1), torch.ones(40))
+    assert_close(probabilities(model, digits.images), one_by_one)
+    assert_close(one_by_one.sum(dim=1), torch.ones(40))
 
 
 def test_the_loss_of_one_image_is_cross_entropy(digits):
     model = new_model(0)
     found = loss_of(model)(parameters(model), digits.images[0], digits.labels[0])
-    torch.testing.assert_close(found, F.cross_entropy(model(digits.images[:1]), digits.labels[:1]))
+    assert_close(found, F.cross_entropy(model(digits.images[:1]), digits.labels[:1]))
 
 
 def test_new_models_follow_the_seed_and_leave_the_callers_random_numbers_alone():
@@ -50,7 +51,7 @@ def test_the_mean_of_the_gradients_is_the_gradient_of_the_mean(digits):
     F.cross_entropy(model(digits.images), digits.labels).backward()
     for name, parameter in model.named_parameters():
         assert gradients[name].shape == (40, *parameter.shape)
-        torch.testing.assert_close(gradients[name].mean(dim=0), parameter.grad, atol=1e-6, rtol=1e-4)
+        assert_close(gradients[name].mean(dim=0), parameter.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_norms_run_over_all_parameters():
@@ -62,8 +63,8 @@ def test_only_long_gradients_are_cut():
     gradients = {"a": torch.tensor([[3.0], [0.5], [0.0]]), "b": torch.tensor([[4.0], [0.0], [0.0]])}
     mean, lengths = training.clipped_mean(gradients, max_norm=1.0)
     assert lengths.tolist() == [5.0, 0.5, 0.0]
-    torch.testing.assert_close(mean["a"], torch.tensor([(0.6 + 0.5) / 3]))
-    torch.testing.assert_close(mean["b"], torch.tensor([0.8 / 3]))
+    assert_close(mean["a"], torch.tensor([(0.6 + 0.5) / 3]))
+    assert_close(mean["b"], torch.tensor([0.8 / 3]))
 
 
 @pytest.mark.parametrize(("images", "batch_size", "steps"), [(64, 64, 1), (65, 64, 2), (1437, 64, 23), (1, 8, 1)])
@@ -86,14 +87,14 @@ def test_a_gradient_cut_to_nothing_teaches_nothing(digits):
     before = {name: value.clone() for name, value in parameters(model).items()}
     list(training.train(model, digits, epochs=1, batch_size=40, max_norm=1e-20, generator=generator()))
     for name, value in parameters(model).items():
-        torch.testing.assert_close(value, before[name], atol=1e-9, rtol=0)
+        assert_close(value, before[name], atol=1e-9, rtol=0)
 
 
 def test_gradient_norms_do_not_depend_on_the_batch_size(digits):
     model = new_model(0)
     whole = training.gradient_norms(model, digits)
-    torch.testing.assert_close(training.gradient_norms(model, digits, batch_size=7), whole)
+    assert_close(training.gradient_norms(model, digits, batch_size=7), whole)
     leaves = list(model.parameters())
     loss = F.cross_entropy(model(digits.images[:1]), digits.labels[:1])
     gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, leaves)])
-    torch.testing.assert_close(whole[0], gradient.norm())
+    assert_close(whole[0], gradient.norm())

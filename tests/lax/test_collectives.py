@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import torchbatch
 from torchbatch import checkpoint, errors, grad, jit, lax, vmap
+from torchbatch.testing import assert_close
 
 jax = pytest.importorskip("jax")
 EVERY_WAY = pytest.mark.parametrize("how", ["eager", "jit", "inductor"], indirect=True)
@@ -435,17 +436,17 @@ def test_derivatives_of_ordinary_autograd_reach_through():
     y = vmap(vmap(lambda v: lax.psum(v, "o") * lax.axis_index("o"), axis_name="i"), axis_name="o")(x)
     (y * tx()).sum().backward()
     weights = (tx() * torch.arange(3.0)[:, None]).sum(0)
-    torch.testing.assert_close(x.grad, weights.expand(3, 4))
+    assert_close(x.grad, weights.expand(3, 4))
 
 
 def test_torch_func_around_and_inside():
     fun = lambda v: (lax.psum(v, "i") ** 2).sum()  # noqa: E731
     ours = over_i(torchbatch.grad(fun))
-    torch.testing.assert_close(over_i(torch.func.grad(fun)), ours)
+    assert_close(over_i(torch.func.grad(fun)), ours)
     x = tx().expand(2, 3, 4)
-    torch.testing.assert_close(torch.func.vmap(vmap(torch.func.grad(fun), axis_name="i"))(x), ours.expand(2, 3, 4))
+    assert_close(torch.func.vmap(vmap(torch.func.grad(fun), axis_name="i"))(x), ours.expand(2, 3, 4))
     inside = vmap(lambda rows: torch.func.vmap(lambda v: lax.psum(v, "i"))(rows), axis_name="i")(x)
-    torch.testing.assert_close(inside, 2 * x)
+    assert_close(inside, 2 * x)
 
 
 # --- in any nesting --------------------------------------------------------------------------------------------------
@@ -547,7 +548,7 @@ def test_rule_11_threads_do_not_see_each_others_names():
     for thread in threads:
         thread.join()
     assert not wrong
-    torch.testing.assert_close(results[0], tx().sum(0).expand(3, 4))
+    assert_close(results[0], tx().sum(0).expand(3, 4))
 
 
 # --- compiled --------------------------------------------------------------------------------------------------------
@@ -600,7 +601,7 @@ def test_rule_11_ordinary_gradients_compiled():
         x = tx().requires_grad_()
         (call(x) * tx()).sum().backward()
         found.append(x.grad)
-    torch.testing.assert_close(*found)
+    assert_close(*found)
 
 
 def test_rule_11_make_fx():
@@ -678,7 +679,7 @@ def test_rule_11_a_chunk_is_not_taken_for_all_samples(function):
 def test_rule_11_chunks_beside_a_named_axis():
     x = torch.tensor(data(4, 3, 2))
     fun = vmap(vmap(lambda v: lax.psum(v, "i"), axis_name="i"), axis_name="o", chunk_size=3)
-    torch.testing.assert_close(fun(x), x.sum(1, keepdim=True).expand(4, 3, 2))
+    assert_close(fun(x), x.sum(1, keepdim=True).expand(4, 3, 2))
     with pytest.raises(errors.AxisNameError, match=r"psum asks for the axis 'q'.*from the outside in: 'o', 'i'\."):
         vmap(vmap(lambda v: lax.psum(v, "q"), axis_name="i"), axis_name="o", chunk_size=3)(x)
     with pytest.raises(errors.AxisNameError, match="No name is in scope"):
@@ -764,5 +765,5 @@ def test_a_checkpointed_function_that_closes_over_what_a_collective_takes(name):
     plain = lambda w: (collective(w, "i") * w).sum()  # noqa: E731
     kept = lambda w: checkpoint(lambda x: (collective(w, "i") * x).sum())(w)  # noqa: E731
     found, expected = (vmap(grad(f), axis_name="i")(w) for f in (kept, plain))
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(jit(vmap(grad(kept), axis_name="i"), backend="eager")(w), expected)
+    assert_close(found, expected)
+    assert_close(jit(vmap(grad(kept), axis_name="i"), backend="eager")(w), expected)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import torchbatch
 from torchbatch import lax, vmap
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 jax = pytest.importorskip("jax")
 TRANSFORMS = ("vmap", "grad", "jvp", "jacrev", "jacfwd", "hessian", "checkpoint")
@@ -404,7 +404,7 @@ EACH = {
 def test_as_in_the_plain_loop(name):
     x = torch.tensor(M)
     ours, theirs = vmap(EACH[name])(x), loop(EACH[name])(x)
-    torch.testing.assert_close(ours, theirs)
+    assert_close(ours, theirs)
 
 
 # --- what JAX has no test for ----------------------------------------------------------------------------------------
@@ -430,7 +430,7 @@ def test_a_sample_that_has_finished_is_not_touched_by_nan(backend):
 
     found = vmap(countdown)
     found = found if backend is None else torchbatch.jit(found, backend=backend)
-    torch.testing.assert_close(found(torch.tensor([1.0, 4.0])), torch.tensor([0.0, np.log(24.0)], dtype=torch.float32))
+    assert_close(found(torch.tensor([1.0, 4.0])), torch.tensor([0.0, np.log(24.0)], dtype=torch.float32))
 
 
 def test_one_branch_runs_if_the_choice_is_the_same_for_all():
@@ -480,7 +480,7 @@ def test_checkpoint_in_scan_keeps_only_the_carries():
     plain, expected_gradient = last(step)
     few, gradient = last(torchbatch.checkpoint(step))
     assert few < 1000 < plain
-    torch.testing.assert_close(gradient, expected_gradient)
+    assert_close(gradient, expected_gradient)
 
 
 def test_a_long_loop_keeps_nothing():
@@ -561,7 +561,7 @@ def test_sizes_that_are_open(name):
     found = torchbatch.jit(call, backend="eager", dynamic=True)
     for size in (3, 5, 3):
         x = torch.rand(size)
-        torch.testing.assert_close(found(x), call(x))
+        assert_close(found(x), call(x))
 
 
 def test_map_without_batches():

@@ -7,6 +7,7 @@ import torch
 
 from torchbatch import grad, jit, jvp, lax, vmap
 from torchbatch._torch import programs, unused
+from torchbatch.testing import assert_close
 
 X = torch.linspace(-1, 2, 5)
 
@@ -55,14 +56,14 @@ def test_loops_without_what_nobody_reads(name):
 
     x = X[1] if name == "second derivative" else X
     traced = jit(fun, backend=backend)
-    torch.testing.assert_close(traced(x), fun(x))
+    assert_close(traced(x), fun(x))
     made, before, after = kept
     assert after == (left or before) and bool(made) == (after != before)
 
 
 def test_loops_without_what_nobody_reads_compiled():
     fun = grad(lambda x: lax.scan(running, x[0] * 0, x)[0])
-    torch.testing.assert_close(jit(fun)(X), fun(X))
+    assert_close(jit(fun)(X), fun(X))
 
 
 WEIGHT = torch.eye(2) / 2
@@ -79,9 +80,9 @@ def test_samples_that_end_at_different_times(name, named):
     x = torch.tensor([[1.0, 2.0], [0.1, 0.1], [9.0, 7.0]])
     body = (lambda s: s / 2 + 0 * lax.psum(s, "i")) if named else lambda s: s / 2
     fun = vmap(lambda x: lax.while_loop(CONDITIONS[name], body, x), axis_name="i" if named else None)
-    torch.testing.assert_close(jit(fun, backend="eager")(x), fun(x))
+    assert_close(jit(fun, backend="eager")(x), fun(x))
     moved = lambda x: jvp(fun, (x,), (torch.ones_like(x),))[1]  # noqa: E731
-    torch.testing.assert_close(jit(moved, backend="eager")(x), moved(x))
+    assert_close(jit(moved, backend="eager")(x), moved(x))
 
 
 def test_a_condition_that_only_a_step_makes_different_from_sample_to_sample():

@@ -7,6 +7,7 @@ import torch
 
 from torchbatch import checkpoint, custom_jvp, custom_vjp, grad, hessian, jacrev, jit, jvp, lax, vmap
 from torchbatch.errors import UnsupportedOperationError
+from torchbatch.testing import assert_close
 
 X = torch.tensor([1.0, 2.0, 4.0])
 
@@ -39,19 +40,19 @@ LOOPS = [summed, sliced, chosen, placed]
 @pytest.mark.parametrize("transform", [grad, lambda f: vmap(grad(f)), lambda f: grad(lambda x: vmap(f)(x).sum())])
 def test_a_body_that_indexes_by_its_counter(f, transform):
     x = X if transform is grad else torch.stack([X, X + 1])
-    torch.testing.assert_close(jit(transform(f), backend="eager")(x), transform(f)(x))
+    assert_close(jit(transform(f), backend="eager")(x), transform(f)(x))
 
 
 @pytest.mark.parametrize("second", [hessian, lambda f: jacrev(grad(f))])
 def test_second_derivatives_of_such_a_body(second):
-    torch.testing.assert_close(jit(second(summed), backend="eager")(X), second(summed)(X))
+    assert_close(jit(second(summed), backend="eager")(X), second(summed)(X))
 
 
 def test_forward_mode_of_such_a_body():
     def both(x):
         return jvp(summed, (x,), (torch.ones(3),))
 
-    torch.testing.assert_close(jit(both, backend="eager")(X), both(X))
+    assert_close(jit(both, backend="eager")(X), both(X))
 
 
 def test_numbers_that_are_arguments_stay_weak_in_the_body():
@@ -86,9 +87,9 @@ def test_rules_for_derivatives_that_index():
     i = torch.tensor(1)
     for f in (pick, square):
         h = grad(lambda x, i, f=f: f(x, i))
-        torch.testing.assert_close(jit(h, backend="eager")(X, i), h(X, i))
+        assert_close(jit(h, backend="eager")(X, i), h(X, i))
         h = grad(lambda x, i, f=f: vmap(lambda x: f(x, i))(torch.stack([x, x * 2])).sum())
-        torch.testing.assert_close(jit(h, backend="eager")(X, i), h(X, i))
+        assert_close(jit(h, backend="eager")(X, i), h(X, i))
 
 
 def around_a_map(f):
@@ -115,4 +116,4 @@ def test_an_autograd_function_that_indexes(outer):
 
     i = torch.tensor(1)
     h = outer(lambda x, i: Pick.apply(x, i) * x[i])
-    torch.testing.assert_close(jit(h, backend="eager")(X, i), h(X, i))
+    assert_close(jit(h, backend="eager")(X, i), h(X, i))

@@ -13,6 +13,7 @@ import torchbatch
 from torchbatch import grad, jit, lax, vmap
 from torchbatch._torch import programs
 from torchbatch.errors import UnsupportedOperationError
+from torchbatch.testing import assert_close
 
 X = torch.linspace(-1, 2, 5)
 B = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
@@ -64,7 +65,7 @@ def test_only_the_branch_that_is_chosen_runs():
 
     found = traced(invert)
     assert found(torch.zeros(2, 2)).sum() == 0
-    torch.testing.assert_close(found(torch.eye(2) * 2), torch.eye(2) / 2)
+    assert_close(found(torch.eye(2) * 2), torch.eye(2) / 2)
 
 
 def test_captured_tensors_are_read_anew():
@@ -74,7 +75,7 @@ def test_captured_tensors_are_read_anew():
     w.mul_(2)
     expected = lax.scan(lambda c, z: (c * w + z, None), torch.tensor(1.0), X)[0]
     assert first != expected
-    torch.testing.assert_close(found(X), expected)
+    assert_close(found(X), expected)
 
 
 CELL = torch.nn.Linear(3, 3)
@@ -95,13 +96,13 @@ def test_gradients_reach_parameters(name, sign):
     expected = torch.autograd.grad(fun(b), list(CELL.parameters()), allow_unused=True)
     found = torch.autograd.grad(traced(fun)(b), list(CELL.parameters()), allow_unused=True)
     for mine, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, other)
+        assert_close(mine, other)
 
 
 def test_gradients_reach_parameters_when_compiled():
     fun = WITH_PARAMETERS["scan"]
     expected = torch.autograd.grad(fun(B), list(CELL.parameters()))
-    torch.testing.assert_close(torch.autograd.grad(jit(fun)(B), list(CELL.parameters())), expected)
+    assert_close(torch.autograd.grad(jit(fun)(B), list(CELL.parameters())), expected)
 
 
 def test_draws_are_those_of_eager_mode():
@@ -111,8 +112,8 @@ def test_draws_are_those_of_eager_mode():
     for run in (found, found, fun):
         torch.manual_seed(0)
         results.append(run(X))
-    torch.testing.assert_close(results[0], results[2])
-    torch.testing.assert_close(results[1], results[2])
+    assert_close(results[0], results[2])
+    assert_close(results[1], results[2])
     assert len(set(results[0][1].flatten().tolist())) == 10
     assert not torch.equal(found(X)[1], found(X)[1])
 
@@ -124,7 +125,7 @@ def test_open_sizes(fun):
     found = traced(vmap(fun), dynamic=True)
     for n in (6, 9):
         x = torch.rand(n, 3)
-        torch.testing.assert_close(found(x), vmap(fun)(x))
+        assert_close(found(x), vmap(fun)(x))
     assert found.cache_size() == 1
 
 
@@ -137,13 +138,13 @@ def test_tensors_made_in_a_body_can_be_written():
 
         return lax.scan(step, torch.zeros(3), x)
 
-    torch.testing.assert_close(traced(vmap(padded))(B), vmap(padded)(B))
+    assert_close(traced(vmap(padded))(B), vmap(padded)(B))
 
 
 def test_a_jit_function_as_body_and_numbers_as_arguments():
     inner = traced(running)
     found = traced(lambda x, n: lax.scan(inner, n, x))
-    torch.testing.assert_close(found(X, 1.0), lax.scan(running, 1.0, X))
+    assert_close(found(X, 1.0), lax.scan(running, 1.0, X))
 
 
 @pytest.mark.parametrize("unroll", [2, 5, 7, 10, 20, 0])
@@ -152,16 +153,16 @@ def test_several_steps_at_once(unroll, reverse):
     x = torch.linspace(-1, 1, 10)
     fun = lambda x, unroll: lax.scan(running, x[0] * 0, x, reverse=reverse, unroll=unroll)  # noqa: E731
     loss = lambda x, unroll: fun(x, unroll)[1].sin().sum()  # noqa: E731
-    torch.testing.assert_close(traced(lambda x: fun(x, unroll))(x), fun(x, 1))
+    assert_close(traced(lambda x: fun(x, unroll))(x), fun(x, 1))
     expected = torchbatch.grad(loss)(x, 1)
-    torch.testing.assert_close(traced(lambda x: torchbatch.grad(loss)(x, unroll))(x), expected)
+    assert_close(traced(lambda x: torchbatch.grad(loss)(x, unroll))(x), expected)
 
 
 def test_several_steps_at_once_without_slices():
     fun = lambda x, unroll: lax.fori_loop(0, 7, lambda i, c: c * 2 + i, x, unroll=unroll)  # noqa: E731
-    torch.testing.assert_close(traced(lambda x: fun(x, 3))(X), fun(X, None))
+    assert_close(traced(lambda x: fun(x, 3))(X), fun(X, None))
     counted = traced(lambda x: lax.scan(lambda c, _: (c + 1, c), x, None, length=7, unroll=3))
-    torch.testing.assert_close(counted(X), lax.scan(lambda c, _: (c + 1, c), X, None, length=7))
+    assert_close(counted(X), lax.scan(lambda c, _: (c + 1, c), X, None, length=7))
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 257, 600])
@@ -169,12 +170,12 @@ def test_several_steps_at_once_without_slices():
 def test_lengths(length, reverse):
     x = torch.linspace(-1, 1, length)
     fun = lambda x: lax.scan(running, torch.zeros(()), x, reverse=reverse)  # noqa: E731
-    torch.testing.assert_close(traced(fun)(x), fun(x))
+    assert_close(traced(fun)(x), fun(x))
     c, ys = torch.zeros(()), []
     for z in x.flip(0) if reverse else x:
         c, y = running(c, z)
         ys.append(y)
-    torch.testing.assert_close(fun(x), (c, torch.stack(ys[::-1] if reverse else ys) if ys else torch.zeros(0)))
+    assert_close(fun(x), (c, torch.stack(ys[::-1] if reverse else ys) if ys else torch.zeros(0)))
 
 
 def test_a_loop_without_any_tensor():
@@ -350,7 +351,7 @@ def test_a_gradient_of_a_tensor_in_an_object(around, rule, backend):
             expected = way(by(plain))(w.detach(), xs)
             fun = way(by(RULES[rule]))
             found = (traced(fun) if backend else fun)(w.detach(), xs)
-        torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(found, expected, where=name)
 
 
 def test_checkpoint_refuses_what_only_autograd_sees():
@@ -392,7 +393,7 @@ COMPILED = {
 @pytest.mark.parametrize("name", COMPILED)
 def test_torch_compile_leaves_loops_to_python(name):
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(COMPILED[name], backend="eager")(X), COMPILED[name](X))
+    assert_close(torch.compile(COMPILED[name], backend="eager")(X), COMPILED[name](X))
 
 
 def test_torch_compile_must_not_end_its_graph_at_a_loop():
@@ -459,4 +460,4 @@ GRADIENTS_INSIDE = {
 @pytest.mark.parametrize("name", GRADIENTS_INSIDE)
 def test_gradients_of_autograd_inside_a_body(name):
     fun = GRADIENTS_INSIDE[name]
-    torch.testing.assert_close(traced(fun)(X), fun(X))
+    assert_close(traced(fun)(X), fun(X))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from torchbatch import grad, jit, lax, vmap
+from torchbatch.testing import assert_close
 
 Tensors = dict[str, torch.Tensor]
 
@@ -36,6 +37,6 @@ def test_gradients_by_lent_parameters_under_jit(is_loop: bool, transform: Callab
     params = lent if transform is grad else {name: torch.stack([value, -value]) for name, value in lent.items()}
     expected = transform(of)(params)
     found = jit(transform(of), backend="eager")(params)
-    torch.testing.assert_close(found, expected)
+    assert_close(found, expected)
     assert all(value.abs().max() > 0.01 for value in expected.values())
     assert all(parameter.grad is None for parameter in module.parameters())

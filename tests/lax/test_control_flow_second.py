@@ -10,6 +10,7 @@ import torch
 
 import torchbatch
 from torchbatch import grad, jit, jvp, lax, vmap
+from torchbatch.testing import assert_close
 
 X = np.linspace(-1, 1, 3).astype(np.float32)
 
@@ -135,5 +136,5 @@ def test_nested_forward_mode_of_an_expanded_value():
     inner = lambda x: jvp(torch.sin, (x.expand(2, 3),), (torch.ones(2, 3),))[1]  # noqa: E731
     for way in (lambda f: f, lambda f: jit(f, backend="eager")):
         value, tangent = way(lambda x: jvp(inner, (x,), (x,)))(one)
-        torch.testing.assert_close(value, torch.cos(one).expand(2, 3))
-        torch.testing.assert_close(tangent, -torch.sin(one).expand(2, 3))
+        assert_close(value, torch.cos(one).expand(2, 3))
+        assert_close(tangent, -torch.sin(one).expand(2, 3))

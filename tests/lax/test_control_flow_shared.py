@@ -8,6 +8,7 @@ import torch
 
 import torchbatch
 from torchbatch import jit, lax
+from torchbatch.testing import assert_close
 
 X = np.array([[1.0, 2.0], [3.0, 5.0]], dtype=np.float32)
 W = np.array([2.0, 3.0], dtype=np.float32)
@@ -103,8 +104,8 @@ def test_gradient_of_an_extreme_around_the_map():
     largest = torchbatch.vmap(lambda x: lax.map(lambda t: lax.pmax(t * t, "i"), x), axis_name="i")
     gradient = torchbatch.grad(lambda x: largest(x).sum())
     expected = torch.tensor([[0.0, 0.0], [12.0, 20.0]])
-    torch.testing.assert_close(gradient(torch.tensor(X)), expected)
-    torch.testing.assert_close(traced(gradient)(torch.tensor(X)), expected)
+    assert_close(gradient(torch.tensor(X)), expected)
+    assert_close(traced(gradient)(torch.tensor(X)), expected)
 
 
 @pytest.mark.parametrize("name", ["shared carry", "both"])
@@ -143,4 +144,4 @@ def test_forward_mode_of_a_gradient_around_the_map():
         return torchbatch.jvp(gradient, (w,), (torch.ones(2),))[1]
 
     w = torch.tensor([0.2, 0.3])
-    torch.testing.assert_close(traced(second)(w), second(w), rtol=1e-4, atol=1e-4)
+    assert_close(traced(second)(w), second(w), rtol=1e-4, atol=1e-4)

@@ -20,6 +20,8 @@ import torch
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 
+from torchbatch.testing import assert_close
+
 DTYPES = (torch.float64, torch.float32, torch.complex128, torch.int64, torch.bool)
 #: Operators of which an empty batch cannot tell the shape of the result.
 VALUES_GIVE_SHAPE = {"bincount", "repeat_interleave", "_segment_reduce.lengths"}
@@ -281,7 +283,7 @@ def _difference(op: Any, expected: list[torch.Tensor], got: list[torch.Tensor], 
         if is_random(op) or op.name in UNINITIALISED:
             continue
         try:
-            torch.testing.assert_close(g, e, rtol=2e-4 if e.dtype != torch.float64 else 1e-6, atol=1e-5, equal_nan=True)
+            assert_close(g, e, rtol=2e-4 if e.dtype != torch.float64 else 1e-6, atol=1e-5)
         except AssertionError as error:
             return f"result {i}: {' '.join(str(error).split())[:150]}"
     return ""

@@ -9,7 +9,7 @@ import torch
 
 from torchbatch import grad, jit, vmap
 from torchbatch.errors import DataDependentError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 X = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, 6.0]])
 ROWS = torch.arange(12.0).reshape(2, 3, 2)
@@ -91,7 +91,7 @@ def test_a_masked_write_is_a_choice(write, x, run):
     assert nested.equal(loop(function)(x, MASK, V)[None])
     gradient = grad(lambda x, mask, v: function(x, mask, v).square().sum(), (0, 2))
     ours, theirs = run(vmap(gradient))(x, MASK, V), loop(gradient)(x, MASK, V)
-    torch.testing.assert_close(ours, theirs)
+    assert_close(ours, theirs)
 
 
 def test_a_shared_mask_is_an_index_like_any_other():

@@ -13,6 +13,7 @@ from torchbatch import vmap
 from torchbatch._torch import repairs, rules
 from torchbatch._torch.fallback import fallback
 from torchbatch.errors import DataDependentError, InPlaceError, UnsupportedOperationError
+from torchbatch.testing import assert_close
 
 REGISTERED = (repairs, rules)
 X = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, 6.0]])
@@ -129,14 +130,14 @@ def test_rrelu() -> None:
     result = vmap(lambda x: F.rrelu(x, training=True), randomness="different")(X)
     assert result[X > 0].equal(X[X > 0])
     assert (result[X < 0] / X[X < 0]).clamp(1 / 8, 1 / 3).equal(result[X < 0] / X[X < 0])
-    torch.testing.assert_close(vmap(F.rrelu)(X), F.rrelu(X))
+    assert_close(vmap(F.rrelu)(X), F.rrelu(X))
 
 
 def test_covariance_with_weights() -> None:
     x, weights = torch.rand(2, 3, 4), torch.randint(1, 4, (2, 4))
     result = vmap(lambda x, w: torch.cov(x, fweights=w, aweights=w / 2))(x, weights)
     expected = [torch.cov(x[i], fweights=weights[i], aweights=weights[i] / 2) for i in range(2)]
-    torch.testing.assert_close(result, torch.stack(expected))
+    assert_close(result, torch.stack(expected))
 
 
 def test_integer_products_stay_integers() -> None:
@@ -156,7 +157,7 @@ def test_losses_in_nested_maps(loss: Callable[..., torch.Tensor], reduction: str
     x, target = 3 * torch.rand(2, 3, 4), torch.rand(4)
     call = lambda x: loss(x, target, reduction=reduction)  # noqa: E731
     expected = torch.stack([torch.stack([call(row) for row in part]) for part in x])
-    torch.testing.assert_close(vmap(vmap(call))(x), expected)
+    assert_close(vmap(vmap(call))(x), expected)
 
 
 def test_index_fill_in_nested_maps() -> None:

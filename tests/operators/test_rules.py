@@ -14,6 +14,7 @@ from torchbatch import vmap
 from torchbatch._torch import batching, repairs, rules
 from torchbatch._torch.fallback import fallback
 from torchbatch.errors import InPlaceError
+from torchbatch.testing import assert_close
 
 REGISTERED = (repairs, rules)
 Call = Callable[..., Any]
@@ -35,7 +36,7 @@ def loop(call: Call, *args: torch.Tensor) -> Any:
 
 def same_as_loop(call: Call, *args: torch.Tensor, gradient: bool = True) -> None:
     copies = [x.clone() for x in args]
-    torch.testing.assert_close(vmap(call)(*[x.clone() for x in args]), loop(call, *copies), equal_nan=True)
+    assert_close(vmap(call)(*[x.clone() for x in args]), loop(call, *copies))
     if gradient:
 
         def total(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
@@ -45,7 +46,7 @@ def same_as_loop(call: Call, *args: torch.Tensor, gradient: bool = True) -> None
             leaf = x.clone().requires_grad_()
             return torch.autograd.grad(total(leaf, *rest), leaf)[0]
 
-        torch.testing.assert_close(vmap(torch.func.grad(total))(*args), loop(slope, *args), equal_nan=True)
+        assert_close(vmap(torch.func.grad(total))(*args), loop(slope, *args))
 
 
 IN_PLACE: dict[str, Call] = {
@@ -117,10 +118,10 @@ def test_in_place_into_a_shared_tensor() -> None:
 def test_out_is_the_functional_form_and_a_copy() -> None:
     x, out = torch.rand(2, 3), torch.zeros(2, 3)
     vmap(lambda x, out: torch.exp(x, out=out))(x, out)
-    torch.testing.assert_close(out, x.exp())
+    assert_close(out, x.exp())
     values, places = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
     vmap(lambda x, values, places: tuple(torch.max(x, 0, out=(values, places))))(x, values, places)
-    torch.testing.assert_close((values, places), tuple(x.max(1)))
+    assert_close((values, places), tuple(x.max(1)))
 
 
 POINTWISE: dict[str, Call] = {
@@ -193,7 +194,7 @@ def test_recurrent_networks(kind: Any) -> None:
 def test_nested_levels_and_shared_arguments() -> None:
     x, y = torch.rand(2, 3, 4), torch.rand(3, 4)
     result = vmap(vmap(lambda x, y: torch.special.hermite_polynomial_h(x, y.round())), in_axes=(0, None))(x, y)
-    torch.testing.assert_close(result, torch.special.hermite_polynomial_h(x, y.round()))
+    assert_close(result, torch.special.hermite_polynomial_h(x, y.round()))
 
 
 def test_rules_are_additions_only() -> None:
@@ -203,10 +204,10 @@ def test_rules_are_additions_only() -> None:
 
 def test_torch_func_has_the_rules_too() -> None:
     x = torch.rand(2, 3)
-    torch.testing.assert_close(torch.func.vmap(torch.special.airy_ai)(x), torch.special.airy_ai(x))
+    assert_close(torch.func.vmap(torch.special.airy_ai)(x), torch.special.airy_ai(x))
 
 
 def test_compiled() -> None:
     x = torch.rand(2, 3)
     compiled = torch.compile(vmap(lambda x: x.addcmul(x, x).lerp_(x, 0.5)), backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), (x + x * x).lerp(x, 0.5))
+    assert_close(compiled(x), (x + x * x).lerp(x, 0.5))

@@ -22,7 +22,7 @@ from torchbatch.errors import (
     RandomnessError,
     UnmappedOutputError,
 )
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 jax = pytest.importorskip("jax")
 jax.config.update("jax_platforms", "cpu")
@@ -176,16 +176,16 @@ def test_inside_other_transforms() -> None:
         return loop(lambda a, b: a.sin() * b, in_axes=(None, 0))(a, w)
 
     expected = x.sin()[:, None, :] * w[:, None]
-    torch.testing.assert_close(torch.func.vmap(row)(x), expected)
-    torch.testing.assert_close(loop(row)(x), expected)
-    torch.testing.assert_close(torch.func.grad(lambda a: row(a).sum())(x), x.cos() * w.sum())
-    torch.testing.assert_close(loop(torch.func.grad(lambda a: row(a).sum()))(x), x.cos() * w.sum())
+    assert_close(torch.func.vmap(row)(x), expected)
+    assert_close(loop(row)(x), expected)
+    assert_close(torch.func.grad(lambda a: row(a).sum())(x), x.cos() * w.sum())
+    assert_close(loop(torch.func.grad(lambda a: row(a).sum()))(x), x.cos() * w.sum())
 
 
 def test_modules_are_unmapped_leaves() -> None:
     module = torch.nn.Linear(4, 2)
     x = torch.ones(3, 4)
-    torch.testing.assert_close(loop(lambda m, v: m(v))(module, x), module(x))
+    assert_close(loop(lambda m, v: m(v))(module, x), module(x))
 
 
 def test_registered_classes_are_nodes() -> None:
@@ -411,7 +411,7 @@ def test_writes_into_the_buffers_of_a_module_are_seen() -> None:
     before = norm.running_mean.clone()
     with pytest.raises(InPlaceError, match=r"into norm\.running_mean"):
         loop(lambda x, norm: norm(x), in_axes=(0, None))(torch.randn(3, 4, 2), norm)
-    torch.testing.assert_close(norm.running_mean, before)
+    assert_close(norm.running_mean, before)
 
 
 def test_shared_tensors_are_restored_after_an_exception_and_under_inference_mode() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from torchbatch.errors import GradientTypeError, GradientValueError, UnsupportedOperationError
 from torchbatch.lax import scan
+from torchbatch.testing import assert_close
 from torchbatch.transforms.checkpoint import checkpoint
 from torchbatch.transforms.grad import grad, jvp, linearize, vjp
 from torchbatch.transforms.jacobian import hessian, jacfwd, jacrev
@@ -69,7 +70,7 @@ def test_of_an_argument(name):
     transform = TRANSFORMS[name]
     counted = Counted()
     expected = transform(lambda x: Counted()(x).sum())(X)
-    torch.testing.assert_close(transform(lambda x: checkpoint(counted)(x).sum())(X), expected)
+    assert_close(transform(lambda x: checkpoint(counted)(x).sum())(X), expected)
     assert counted.calls >= 2
 
 
@@ -77,7 +78,7 @@ def test_of_an_argument(name):
 def test_of_a_closed_over_tensor(name):
     transform, calls = TRANSFORMS[name], []
     expected = transform(closed(plain, []))(W)
-    torch.testing.assert_close(transform(closed(checkpoint, calls))(W), expected)
+    assert_close(transform(closed(checkpoint, calls))(W), expected)
     assert len(calls) >= 2
 
 
@@ -87,17 +88,17 @@ def test_under_vmap(name, mapped):
     transform = TRANSFORMS[name]
     for make in (lambda c: closed(c, []), lambda c: lambda x: c(Counted())(x).sum()):
         expected = torch.func.vmap(transform(make(plain)))(ROWS)
-        torch.testing.assert_close(mapped(transform(make(checkpoint)))(ROWS), expected)
+        assert_close(mapped(transform(make(checkpoint)))(ROWS), expected)
 
 
 @VMAPS
 @pytest.mark.parametrize("make", [lambda c: closed(c, []), lambda c: lambda x: c(Counted())(x).sum()])
 def test_around_vmap(mapped, make):
     expected = grad(lambda rows: torch.func.vmap(make(plain))(rows).sum())(ROWS)
-    torch.testing.assert_close(grad(lambda rows: mapped(make(checkpoint))(rows).sum())(ROWS), expected)
+    assert_close(grad(lambda rows: mapped(make(checkpoint))(rows).sum())(ROWS), expected)
     rows = ROWS.clone().requires_grad_()
     mapped(make(checkpoint))(rows).sum().backward()
-    torch.testing.assert_close(rows.grad, expected)
+    assert_close(rows.grad, expected)
 
 
 @VMAPS
@@ -105,14 +106,14 @@ def test_around_vmap(mapped, make):
 @pytest.mark.parametrize("name", ["jvp", "jacfwd", "hessian", "forward over forward"])
 def test_forward_mode_around_vmap(mapped, make, name):
     expected = TRANSFORMS[name](lambda rows: torch.func.vmap(make(plain))(rows).sum())(ROWS)
-    torch.testing.assert_close(TRANSFORMS[name](lambda rows: mapped(make(checkpoint))(rows).sum())(ROWS), expected)
+    assert_close(TRANSFORMS[name](lambda rows: mapped(make(checkpoint))(rows).sum())(ROWS), expected)
 
 
 def test_forward_mode_around_vmap_of_a_loop():
     def steps(c):
         return vmap(lambda x: scan(c(lambda carry, _: (torch.sin(carry) * x, None)), x, None, length=2)[0])
 
-    torch.testing.assert_close(jvp(steps(checkpoint), (ROWS,), (ROWS,)), jvp(steps(plain), (ROWS,), (ROWS,)))
+    assert_close(jvp(steps(checkpoint), (ROWS,), (ROWS,)), jvp(steps(plain), (ROWS,), (ROWS,)))
 
 
 def test_runs_once_forward_and_once_backward():
@@ -150,7 +151,7 @@ def test_modules_and_dropout():
         torch.manual_seed(0)
         loss = make(model)(X).sum() + torch.rand(())
         results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
-    torch.testing.assert_close(results[1], results[0])
+    assert_close(results[1], results[0])
     state = torch.get_rng_state()
     torch.rand(1)
     loss = checkpoint(model)(X).sum()
@@ -166,9 +167,9 @@ def test_functional_call():
     def loss(make):
         return lambda p, x: make(lambda x: torch.func.functional_call(model, p, (x,)))(x).sum()
 
-    torch.testing.assert_close(grad(loss(checkpoint))(parameters, X), grad(loss(plain))(parameters, X))
+    assert_close(grad(loss(checkpoint))(parameters, X), grad(loss(plain))(parameters, X))
     batched = torch.func.vmap(grad(loss(checkpoint)), in_dims=(None, 0))(parameters, ROWS)
-    torch.testing.assert_close(batched, torch.func.vmap(grad(loss(plain)), in_dims=(None, 0))(parameters, ROWS))
+    assert_close(batched, torch.func.vmap(grad(loss(plain)), in_dims=(None, 0))(parameters, ROWS))
 
 
 def test_autocast_is_the_same_in_both_runs():
@@ -208,7 +209,7 @@ def test_shapes_of_programs(function):
         def both(make, t=transform):
             return t(lambda x, w: function(make, x, w), (0, 1))(X, W)
 
-        torch.testing.assert_close(both(checkpoint), both(plain))
+        assert_close(both(checkpoint), both(plain))
 
 
 def stack_in_place(x, w):
@@ -242,7 +243,7 @@ def test_as_a_decorator():
 def test_under_torch_compile_it_is_the_function():
     function = grad(lambda x: checkpoint(lambda y: torch.sin(y))(x).sum())
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(function, backend="aot_eager", fullgraph=True)(X), torch.cos(X))
+    assert_close(torch.compile(function, backend="aot_eager", fullgraph=True)(X), torch.cos(X))
 
 
 class Twice(torch.autograd.Function):
@@ -285,7 +286,7 @@ def test_a_closed_over_tensor_that_goes_straight_into_a_transform_is_an_error(in
     def as_argument(make):
         return lambda w: make(lambda x, w: x * STRAIGHT[inner](w))(X, w).sum()
 
-    torch.testing.assert_close(TRANSFORMS[name](as_argument(checkpoint))(W), TRANSFORMS[name](as_argument(plain))(W))
+    assert_close(TRANSFORMS[name](as_argument(checkpoint))(W), TRANSFORMS[name](as_argument(plain))(W))
 
 
 @pytest.mark.parametrize("name", ["grad", "hessian", "jvp", "forward over forward"])
@@ -293,7 +294,7 @@ def test_a_closed_over_tensor_in_an_autograd_function(name):
     def function(make):
         return lambda w: make(lambda x: x * Twice.apply(w) ** 2)(X).sum()
 
-    torch.testing.assert_close(TRANSFORMS[name](function(checkpoint))(W), TRANSFORMS[name](function(plain))(W))
+    assert_close(TRANSFORMS[name](function(checkpoint))(W), TRANSFORMS[name](function(plain))(W))
 
 
 def test_a_closed_over_tensor_in_an_autograd_function_outside_of_transforms():

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 import torchbatch
 from torchbatch import custom_jvp, custom_vjp, custom_vmap, grad, hessian, jacfwd, jacrev, jit, jvp, lax, vjp, vmap
 from torchbatch.errors import GradientTypeError, GradientValueError, InputTypeError, UnsupportedOperationError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 X, Y = torch.linspace(-1, 2, 5), torch.linspace(0.5, 2, 5)
 eager_jit = partial(jit, backend="eager")
@@ -74,7 +74,7 @@ CASES = [("jvp", name) for name in (*REVERSE, *FORWARD)] + [("vjp", name) for na
 
 
 def same(ours, theirs):
-    torch.testing.assert_close(ours, theirs)
+    assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("run", [lambda f: f, eager_jit], ids=["eager", "jit"])

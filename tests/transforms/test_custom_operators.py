@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from torchbatch import custom_vjp, custom_vmap, grad, jacrev, jit, jvp, vmap
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 try:
     import triton
@@ -53,11 +53,11 @@ class Written(Generated):
 @pytest.mark.parametrize("run", [lambda f: f, lambda f: jit(f, backend="eager")], ids=["eager", "jit"])
 def test_autograd_functions(function, run):
     cube, plain = function.apply, lambda x: x**3
-    torch.testing.assert_close(run(vmap(vmap(cube, 1), 1))(X), loop(loop(plain, 1), 1)(X))
-    torch.testing.assert_close(run(vmap(grad(lambda x: cube(x).sum())))(X), 3 * X**2)
-    torch.testing.assert_close(run(grad(lambda x: vmap(cube)(x).sum()))(X), 3 * X**2)
-    torch.testing.assert_close(run(vmap(jacrev(cube)))(X[0]), torch.diag_embed(3 * X[0] ** 2))
-    torch.testing.assert_close(run(lambda x: jvp(vmap(cube), (x,), (x,)))(X), (X**3, 3 * X**3))
+    assert_close(run(vmap(vmap(cube, 1), 1))(X), loop(loop(plain, 1), 1)(X))
+    assert_close(run(vmap(grad(lambda x: cube(x).sum())))(X), 3 * X**2)
+    assert_close(run(grad(lambda x: vmap(cube)(x).sum()))(X), 3 * X**2)
+    assert_close(run(vmap(jacrev(cube)))(X[0]), torch.diag_embed(3 * X[0] ** 2))
+    assert_close(run(lambda x: jvp(vmap(cube), (x,), (x,)))(X), (X**3, 3 * X**3))
 
 
 def rules_of(scale_rows):
@@ -86,15 +86,15 @@ def rules_of(scale_rows):
 def check_scaling(made, x):
     scale = torch.linspace(1, 2, 4, device=x.device).reshape(2, 2)
     plain = lambda x, scale: x * scale  # noqa: E731
-    torch.testing.assert_close(made(x[0, 0], scale[0, 0]), x[0, 0] * scale[0, 0])
+    assert_close(made(x[0, 0], scale[0, 0]), x[0, 0] * scale[0, 0])
     for run in (lambda f: f, lambda f: jit(f, backend="eager")):
-        torch.testing.assert_close(run(vmap(vmap(made)))(x, scale), loop(loop(plain))(x, scale))
-        torch.testing.assert_close(run(vmap(made, (0, None)))(x[0], scale[0, 0]), x[0] * scale[0, 0])
+        assert_close(run(vmap(vmap(made)))(x, scale), loop(loop(plain))(x, scale))
+        assert_close(run(vmap(made, (0, None)))(x[0], scale[0, 0]), x[0] * scale[0, 0])
         gradient = grad(lambda x, s: made(x, s).square().sum(), (0, 1))
         expected = grad(lambda x, s: plain(x, s).square().sum(), (0, 1))
-        torch.testing.assert_close(run(vmap(vmap(gradient)))(x, scale), loop(loop(expected))(x, scale))
+        assert_close(run(vmap(vmap(gradient)))(x, scale), loop(loop(expected))(x, scale))
         outside = lambda f, m: grad(lambda x, s: m(m(f), (0, None))(x, s).square().sum(), (0, 1))  # noqa: E731
-        torch.testing.assert_close(run(outside(made, vmap))(x, scale[0]), outside(plain, loop)(x, scale[0]))
+        assert_close(run(outside(made, vmap))(x, scale[0]), outside(plain, loop)(x, scale[0]))
 
 
 @torch.library.custom_op("torchbatch_tests::scale_rows", mutates_args=())

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 import torchbatch
 from torchbatch import custom_vmap, grad, hessian, jacfwd, jacrev, jit, jvp, lax, sequential_vmap, vmap
 from torchbatch.errors import AxisError, AxisNameError, AxisSpecError, InputTypeError, OutputTypeError, UnsupportedOperationError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 X, Y = torch.linspace(-1, 2, 5), torch.linspace(0.5, 2, 5)
 eager_jit = partial(jit, backend="eager")
@@ -48,7 +48,7 @@ def f(calls):
 
 
 def same(ours, theirs):
-    torch.testing.assert_close(ours, theirs)
+    assert_close(ours, theirs)
 
 
 def test_without_vmap_the_function_runs_itself(f, calls):
@@ -395,8 +395,8 @@ def test_tangents_are_told_apart_from_values():
 
     one, x = torch.tensor(1.0), torch.tensor([1.0, 2.0])
     primal, tangent = vmap(lambda x, t: jvp(f, (x, one, one), (x, one, t)))(x, 2 * x)
-    torch.testing.assert_close(primal, x)
-    torch.testing.assert_close(tangent, x + x + x * 2 * x)
+    assert_close(primal, x)
+    assert_close(tangent, x + x + x * 2 * x)
 
 
 @pytest.mark.parametrize(

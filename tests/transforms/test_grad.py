@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from torchbatch.core import tree
 from torchbatch.errors import InPlaceError
+from torchbatch.testing import assert_close
 from torchbatch.transforms import grad as module
 from torchbatch.transforms.grad import grad, jvp, linearize, stop_gradient, value_and_grad, vjp
 from torchbatch.transforms.vmap import vmap
@@ -153,7 +154,7 @@ def test_keyword_arguments_and_other_objects_pass_untouched():
         return (model(x) * scale["s"]).sum()
 
     gradient = grad(loss)(X, layer, "cat", scale={"s": torch.tensor(2.0)}, mode=marker)
-    torch.testing.assert_close(gradient, 2 * layer.weight[0].detach())
+    assert_close(gradient, 2 * layer.weight[0].detach())
     assert seen[0][0] is layer and seen[0][1] == "cat" and seen[0][2] is marker
 
 
@@ -164,9 +165,9 @@ def test_has_aux_hands_out_tensors_and_other_objects():
 
     gradient, aux = grad(loss, has_aux=True)(X)
     (value, same), _ = value_and_grad(loss, has_aux=True)(X)
-    torch.testing.assert_close(gradient, 2 * X)
-    torch.testing.assert_close(aux["y"], X**2)
-    torch.testing.assert_close(value, (X**2).sum())
+    assert_close(gradient, 2 * X)
+    assert_close(aux["y"], X**2)
+    assert_close(value, (X**2).sum())
     assert aux["name"] == same["name"] == "loss" and aux["none"] is None and aux["type"] is int
     aux["y"] += 1  # an ordinary tensor, whose transform is over
 
@@ -193,28 +194,28 @@ def test_complex_gradient_is_the_conjugate_of_pytorchs():
     def function(z):
         return (z.abs() ** 2).sum()
 
-    torch.testing.assert_close(grad(function)(X + 1j), torch.func.grad(function)(X + 1j).conj().resolve_conj())
+    assert_close(grad(function)(X + 1j), torch.func.grad(function)(X + 1j).conj().resolve_conj())
     grad(function)(X + 1j).numpy()  # not a lazy conjugate, which numpy() refuses
 
 
 def test_level_zero_autograd_sees_through():
     x = X.clone().requires_grad_()
     grad(lambda x: (x**3).sum())(x).sum().backward()
-    torch.testing.assert_close(x.grad, 6 * X)
+    assert_close(x.grad, 6 * X)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_contexts_outside_do_not_matter_but_inside_do(context):
     with context():
-        torch.testing.assert_close(grad(lambda x: (x**2).sum())(X).clone(), 2 * X)
-        torch.testing.assert_close(grad(lambda x: grad(lambda x: (x**3).sum())(x).sum())(X).clone(), 6 * X)
+        assert_close(grad(lambda x: (x**2).sum())(X).clone(), 2 * X)
+        assert_close(grad(lambda x: grad(lambda x: (x**3).sum())(x).sum())(X).clone(), 6 * X)
 
     def partly(x):
         with torch.no_grad():
             constant = x**2
         return (x * constant).sum()
 
-    torch.testing.assert_close(grad(partly)(X), X**2)
+    assert_close(grad(partly)(X), X**2)
 
 
 def test_a_tensor_passed_as_another_argument_can_be_written_in_place():
@@ -227,9 +228,9 @@ def test_a_tensor_passed_as_another_argument_can_be_written_in_place():
         return (torch.func.functional_call(norm, (p, b), (x,)) ** 2).sum()
 
     expected = torch.func.grad(loss)(parameters, {name: value.clone() for name, value in buffers.items()}, data)
-    torch.testing.assert_close(grad(loss)(parameters, buffers, data), expected)
+    assert_close(grad(loss)(parameters, buffers, data), expected)
     assert buffers["num_batches_tracked"] == 1
-    torch.testing.assert_close(buffers["running_mean"], 0.1 * data.mean(0))
+    assert_close(buffers["running_mean"], 0.1 * data.mean(0))
 
 
 def test_a_write_into_a_closed_over_tensor_is_an_error():
@@ -319,8 +320,8 @@ def test_vjp_of_integers_and_without_arrays():
 @VMAPS
 def test_vjp_function_works_inside_vmap_and_after(mapped):
     _, vjp_fn = vjp(lambda x: x**2, X)
-    torch.testing.assert_close(mapped(lambda c: vjp_fn(c)[0])(torch.eye(3)), torch.diag(2 * X))
-    torch.testing.assert_close(grad(lambda c: vjp_fn(c)[0].sum())(X), 2 * X)
+    assert_close(mapped(lambda c: vjp_fn(c)[0])(torch.eye(3)), torch.diag(2 * X))
+    assert_close(grad(lambda c: vjp_fn(c)[0].sum())(X), 2 * X)
 
 
 def test_vjp_takes_numbers_and_numpy_as_cotangents():
@@ -330,7 +331,7 @@ def test_vjp_takes_numbers_and_numpy_as_cotangents():
 
 def test_vjp_has_aux():
     output, vjp_fn, aux = vjp(lambda x: (x**2, ("a", x)), X, has_aux=True)
-    torch.testing.assert_close(vjp_fn(X)[0], 2 * X * X)
+    assert_close(vjp_fn(X)[0], 2 * X * X)
     assert aux[0] == "a" and torch.equal(aux[1], X) and torch.equal(output, X**2)
 
 
@@ -379,19 +380,19 @@ def test_forward_mode_is_jax(case, transform):
 def test_linearize_runs_the_function_once_and_is_linear():
     calls = []
     output, f_jvp = linearize(lambda x: calls.append(1) or torch.sin(x), X)
-    torch.testing.assert_close(f_jvp(X), torch.cos(X) * X)
-    torch.testing.assert_close(f_jvp(3 * X), 3 * torch.cos(X) * X)
+    assert_close(f_jvp(X), torch.cos(X) * X)
+    assert_close(f_jvp(3 * X), 3 * torch.cos(X) * X)
     assert len(calls) == 1 and torch.equal(output, torch.sin(X))
 
 
 @VMAPS
 def test_linearize_in_and_under_transforms(mapped):
     _, f_jvp = linearize(torch.sin, X)
-    torch.testing.assert_close(mapped(f_jvp)(torch.eye(3)), torch.diag(torch.cos(X)))
+    assert_close(mapped(f_jvp)(torch.eye(3)), torch.diag(torch.cos(X)))
     rows = torch.stack([X, X * 2])
-    torch.testing.assert_close(mapped(lambda x: linearize(torch.sin, x)[1](x))(rows), torch.cos(rows) * rows)
+    assert_close(mapped(lambda x: linearize(torch.sin, x)[1](x))(rows), torch.cos(rows) * rows)
     inner = grad(lambda x: linearize(torch.sin, x)[1](torch.ones(3)).sum())(X)
-    torch.testing.assert_close(inner, -torch.sin(X))
+    assert_close(inner, -torch.sin(X))
 
 
 def test_linearize_where_the_derivative_is_infinite():
@@ -405,7 +406,7 @@ def test_jvp_and_linearize_have_aux():
 
     _, tangent, aux = jvp(fun, [X], [X], has_aux=True)
     _, f_jvp, same = linearize(fun, X, has_aux=True)
-    torch.testing.assert_close(tangent, f_jvp(X))
+    assert_close(tangent, f_jvp(X))
     assert aux["s"] == same["s"] == "aux" and torch.equal(aux["x"], X) and torch.equal(same["x"], X)
 
 
@@ -506,7 +507,7 @@ def test_methods():
 
 def test_other_arguments_pass_without_a_copy_where_they_cannot_be_written():
     sparse = torch.eye(3).to_sparse()
-    torch.testing.assert_close(grad(lambda x, m: (torch.sparse.mm(m, x[:, None])).sum())(X, sparse), torch.ones(3))
+    assert_close(grad(lambda x, m: (torch.sparse.mm(m, x[:, None])).sum())(X, sparse), torch.ones(3))
 
 
 def test_an_argument_may_be_called_self():
@@ -543,4 +544,4 @@ def test_torch_compile(case):
     function, args = COMPILED[case]
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*args), function(*args))
+    assert_close(compiled(*args), function(*args))

@@ -9,6 +9,7 @@ import torch
 
 from torchbatch.core import tree
 from torchbatch.errors import GradientTypeError, GradientValueError
+from torchbatch.testing import assert_close
 from torchbatch.transforms.grad import grad, jvp, linearize, value_and_grad, vjp
 
 jax = pytest.importorskip("jax")
@@ -230,4 +231,4 @@ def test_other_errors_pass_as_they_are():
 
     with pytest.raises(MineError, match="mine"):
         grad(fails)(X)
-    torch.testing.assert_close(grad(lambda x: (x**2).sum())(X), 2 * X)
+    assert_close(grad(lambda x: (x**2).sum())(X), 2 * X)

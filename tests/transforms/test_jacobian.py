@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from torchbatch.core import tree
 from torchbatch.errors import GradientTypeError, GradientValueError
+from torchbatch.testing import assert_close
 from torchbatch.transforms import jacobian as module
 from torchbatch.transforms.jacobian import hessian, jacfwd, jacrev
 from torchbatch.transforms.vmap import vmap
@@ -227,7 +228,7 @@ def test_orders_agree():
     expected = hessian(function)(X)
     for outer in (jacfwd, jacrev):
         for inner in (jacfwd, jacrev):
-            torch.testing.assert_close(outer(inner(function))(X), expected)
+            assert_close(outer(inner(function))(X), expected)
 
 
 def test_random_draws_are_the_same_for_every_column():
@@ -241,7 +242,7 @@ def test_wrapper(name):
     transform = getattr(module, name)
     wrapped = transform(operator.mul, argnums=(0, 1))
     assert wrapped.__wrapped__ is not None and wrapped.__name__ == "mul"
-    torch.testing.assert_close(pickle.loads(pickle.dumps(wrapped))(X, X), wrapped(X, X))
+    assert_close(pickle.loads(pickle.dumps(wrapped))(X, X), wrapped(X, X))
 
 
 # --- errors
@@ -335,7 +336,7 @@ def test_torch_compile(case):
     function, args = COMPILED[case]
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*args), function(*args))
+    assert_close(compiled(*args), function(*args))
 
 
 @VMAPS

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import torchbatch
 from torchbatch import grad, jit, lax, vmap
 from torchbatch.errors import AxisSpecError, InputTypeError
+from torchbatch.testing import assert_close
 
 replayed = functools.partial(jit, backend="eager")
 X = torch.tensor([1.0, 2.0, 3.0])
@@ -49,7 +50,7 @@ def test_one_signature_is_traced_once():
     fun, runs = counted(lambda x: x.sin() + 1)
     jitted = replayed(fun)
     for _ in range(3):
-        torch.testing.assert_close(jitted(X), X.sin() + 1)
+        assert_close(jitted(X), X.sin() + 1)
     assert len(runs) == 1 and jitted.cache_size() == 1
 
 
@@ -58,7 +59,7 @@ def test_inductor_traces_once_and_gives_the_same():
     jitted = jit(fun)
     x, w = torch.randn(5, 3), torch.randn(3, 4)
     for scale in (1.0, 2.0, -1.0):
-        torch.testing.assert_close(jitted(x * scale, w), torch.tanh(x * scale @ w).sum(0))
+        assert_close(jitted(x * scale, w), torch.tanh(x * scale @ w).sum(0))
     assert len(runs) == 1
 
 
@@ -93,7 +94,7 @@ def test_another_kind_of_argument_is_traced_anew(change):
         if getattr(want, "is_meta", False):
             assert got.is_meta and got.shape == want.shape
         else:
-            torch.testing.assert_close(got.detach(), torch.as_tensor(want).detach())
+            assert_close(got.detach(), torch.as_tensor(want).detach())
         assert len(runs) == min(count + 1, 2)
 
 
@@ -318,8 +319,8 @@ def test_methods():
 
 def test_module_is_a_function():
     model = torch.nn.Linear(3, 2)
-    torch.testing.assert_close(replayed(model)(X), model(X))
-    torch.testing.assert_close(replayed(model.forward)(X), model(X))
+    assert_close(replayed(model)(X), model(X))
+    assert_close(replayed(model.forward)(X), model(X))
 
 
 def test_a_module_that_changes_from_training_to_evaluation():
@@ -332,7 +333,7 @@ def test_a_module_that_changes_from_training_to_evaluation():
 
 @pytest.mark.parametrize("fun", [torch.sin, torch.nn.functional.relu, torch.Tensor.exp])
 def test_functions_of_pytorch(fun):
-    torch.testing.assert_close(replayed(fun)(X), fun(X))
+    assert_close(replayed(fun)(X), fun(X))
 
 
 def test_partial():
@@ -395,15 +396,15 @@ def test_inside_other_transforms(name):
     want = transform(loss)
     inner = replayed(loss)
     inner(W, X)  # a call that has a trace must not be served by it inside
-    torch.testing.assert_close(transform(inner), want)
-    torch.testing.assert_close(transform(replayed(loss)), want)
+    assert_close(transform(inner), want)
+    assert_close(transform(replayed(loss)), want)
 
 
 @pytest.mark.parametrize("name", [name for name in HERE_AND_THERE if name != "autograd"])
 def test_around_other_transforms(name):
     transform = HERE_AND_THERE[name]
-    torch.testing.assert_close(replayed(lambda: transform(loss))(), transform(loss))
-    torch.testing.assert_close(replayed(lambda: transform(replayed(loss)))(), transform(loss))
+    assert_close(replayed(lambda: transform(loss))(), transform(loss))
+    assert_close(replayed(lambda: transform(replayed(loss)))(), transform(loss))
 
 
 def test_inner_jit_is_traced_by_the_outer_and_keeps_no_trace():
@@ -415,7 +416,7 @@ def test_inner_jit_is_traced_by_the_outer_and_keeps_no_trace():
 
 def test_per_example_gradients_compiled_by_inductor():
     jitted = jit(vmap(grad(loss), (None, 0)))
-    torch.testing.assert_close(jitted(W, BATCH), vmap(grad(loss), (None, 0))(W, BATCH))
+    assert_close(jitted(W, BATCH), vmap(grad(loss), (None, 0))(W, BATCH))
 
 
 def test_collectives():
@@ -423,8 +424,8 @@ def test_collectives():
         return x - lax.pmean(x, "i") + lax.axis_index("i") * lax.axis_size("i")
 
     mapped = vmap(fun, axis_name="i")
-    torch.testing.assert_close(replayed(mapped)(X), mapped(X))
-    torch.testing.assert_close(vmap(replayed(fun), axis_name="i")(X), mapped(X))
+    assert_close(replayed(mapped)(X), mapped(X))
+    assert_close(vmap(replayed(fun), axis_name="i")(X), mapped(X))
 
 
 def test_torch_compile():
@@ -445,8 +446,8 @@ def test_forward_mode_ad():
     jitted(X)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(X, torch.ones(3))
-        torch.testing.assert_close(forward_ad.unpack_dual(jitted(dual)).tangent, X.cos())
-    torch.testing.assert_close(jitted(X), X.sin())
+        assert_close(forward_ad.unpack_dual(jitted(dual)).tangent, X.cos())
+    assert_close(jitted(X), X.sin())
 
 
 def test_forward_mode_ad_inside():
@@ -454,7 +455,7 @@ def test_forward_mode_ad_inside():
         with forward_ad.dual_level():
             return forward_ad.unpack_dual(forward_ad.make_dual(x, torch.ones_like(x)).sin()).tangent
 
-    torch.testing.assert_close(replayed(tangent)(X), X.cos())
+    assert_close(replayed(tangent)(X), X.cos())
 
 
 # Threads

@@ -9,6 +9,7 @@ import torch
 
 from torchbatch import jit, vmap
 from torchbatch.errors import UnsupportedOperationError
+from torchbatch.testing import assert_close
 
 replayed = functools.partial(jit, backend="eager")
 X = torch.tensor([1.0, 2.0, 3.0])
@@ -67,7 +68,7 @@ def test_training_loop(backend, optimizer):
         pytest.skip("the compiler sees the same graph as with SGD")
     want, _ = trained(None, optimizer)
     got, runs = trained(backend, optimizer)
-    torch.testing.assert_close(got, want)
+    assert_close(got, want)
     assert runs == 1
 
 
@@ -148,8 +149,8 @@ def test_lazily_conjugated_and_negated_tensors(kind, backend):
     z = torch.tensor([1 + 2j, 3 + 4j])
     plain, lazy = (z, z.conj()) if kind == "conjugate" else (z.imag, z.conj().imag)
     jitted = jit(lambda x: x * 2, backend=backend)
-    torch.testing.assert_close(jitted(plain), plain * 2)
-    torch.testing.assert_close(jitted(lazy), lazy * 2)
+    assert_close(jitted(plain), plain * 2)
+    assert_close(jitted(lazy), lazy * 2)
     with pytest.raises(UnsupportedOperationError, match=r"closes over a tensor that is conjugated or negated only when it is"):
         jit(lambda: lazy * 2, backend=backend)()
 
@@ -169,14 +170,14 @@ def test_draws_are_those_of_eager(backend):
     torch.manual_seed(3)
     want = [draws(X), draws(X)]
     torch.manual_seed(3)
-    torch.testing.assert_close([jitted(X), jitted(X)], want)
+    assert_close([jitted(X), jitted(X)], want)
 
 
 def test_tracing_draws_nothing():
     torch.manual_seed(3)
     want = [draws(X), torch.rand(())]
     torch.manual_seed(3)
-    torch.testing.assert_close([replayed(draws)(X), torch.rand(())], want)
+    assert_close([replayed(draws)(X), torch.rand(())], want)
 
 
 def test_generator_from_outside():
@@ -193,4 +194,4 @@ def test_draws_in_vmap(randomness):
     torch.manual_seed(3)
     want = mapped(X)
     torch.manual_seed(3)
-    torch.testing.assert_close(replayed(mapped)(X), want)
+    assert_close(replayed(mapped)(X), want)

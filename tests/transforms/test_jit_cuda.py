@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from torchbatch import grad, jit, vmap
+from torchbatch.testing import assert_close
 
 pytestmark = [
     pytest.mark.cuda,
@@ -30,14 +31,14 @@ def test_per_example_gradients(mode):
     args = data()
     compiled = jit(per_example, mode=mode)
     for _ in range(3):  # a CUDA graph is recorded at the second call, and replayed at the third
-        torch.testing.assert_close(compiled(*args).clone(), per_example(*args))
+        assert_close(compiled(*args).clone(), per_example(*args))
 
 
 def test_new_inputs_reach_a_cuda_graph():
     w, x, y = data()
     compiled = jit(per_example, mode="reduce-overhead")
     for scale in (1.0, 2.0, 3.0, 4.0):
-        torch.testing.assert_close(compiled(w, x * scale, y).clone(), per_example(w, x * scale, y))
+        assert_close(compiled(w, x * scale, y).clone(), per_example(w, x * scale, y))
 
 
 def test_gradients_of_captured_parameters():
@@ -45,14 +46,14 @@ def test_gradients_of_captured_parameters():
     w.requires_grad_()
     compiled = jit(lambda x, y: vmap(loss, (None, 0, 0))(w, x, y).mean())
     found = torch.autograd.grad(compiled(x, y), w)
-    torch.testing.assert_close(found, torch.autograd.grad(vmap(loss, (None, 0, 0))(w, x, y).mean(), w))
+    assert_close(found, torch.autograd.grad(vmap(loss, (None, 0, 0))(w, x, y).mean(), w))
 
 
 def test_open_sizes():
     compiled = jit(per_example, dynamic=True)
     for batch in (64, 32, 100):
         args = data(batch)
-        torch.testing.assert_close(compiled(*args), per_example(*args))
+        assert_close(compiled(*args), per_example(*args))
     assert compiled.cache_size() == 1
 
 
@@ -60,13 +61,13 @@ def test_devices_are_traced_apart():
     compiled = jit(lambda x: x * 2 + 1)
     for device in ("cpu", "cuda"):
         x = torch.ones(3, device=device)
-        torch.testing.assert_close(compiled(x), x * 2 + 1)
+        assert_close(compiled(x), x * 2 + 1)
     assert compiled.cache_size() == 2
 
 
 def test_numbers_beside_cuda_tensors():
     x = torch.ones(3, device="cuda", dtype=torch.float16)
-    torch.testing.assert_close(jit(lambda x, s: x * s)(x, 0.5), x * 0.5)
+    assert_close(jit(lambda x, s: x * s)(x, 0.5), x * 0.5)
 
 
 def test_donated_memory_is_freed():

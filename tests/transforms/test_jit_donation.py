@@ -11,6 +11,7 @@ import torch
 
 from torchbatch import jit, vmap
 from torchbatch.errors import DonatedBufferError, UnsupportedOperationError
+from torchbatch.testing import assert_close
 
 replayed = functools.partial(jit, backend="eager")
 
@@ -66,7 +67,7 @@ def test_donated_by_inductor():
 
 @pytest.mark.parametrize("fun", [lambda a: a, lambda a: a.add_(1), lambda a: a[:1], lambda a: (a, a * 2)])
 def test_results_of_a_function_that_donates(fun):
-    torch.testing.assert_close(replayed(fun, donate_argnums=0)(numbers()), fun(numbers()))
+    assert_close(replayed(fun, donate_argnums=0)(numbers()), fun(numbers()))
 
 
 def test_donated_by_position_in_trees():

@@ -9,7 +9,7 @@ import torch
 
 from torchbatch import grad, jit, lax, vmap
 from torchbatch.errors import AxisError, UnmappedOutputError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 replayed = functools.partial(jit, backend="eager", dynamic=True)
 SIZES = (7, 8, 9, 100, 2, 3)
@@ -20,7 +20,7 @@ def numbers(*shape):
 
 
 def agrees(jitted, plain, *arguments):
-    torch.testing.assert_close(jitted(*arguments), plain(*arguments), check_stride=False)
+    assert_close(jitted(*arguments), plain(*arguments))
 
 
 def softmax_head(x):
@@ -172,7 +172,7 @@ def test_gradients(backend):
     for size in (4, 5, 9):
         x = numbers(size, 3).requires_grad_()
         inputs = [x, *model.parameters()]
-        torch.testing.assert_close(
+        assert_close(
             torch.autograd.grad(jitted(x).sum(), inputs), torch.autograd.grad(mapped(x).sum(), inputs)
         )
     assert jitted.cache_size() == 1
@@ -236,7 +236,7 @@ def test_the_size_as_a_value(fun):
         got, want = jitted(numbers(size, 2)), fun(numbers(size, 2))
         if isinstance(want, tuple):
             got, want = (got[0], got[1].item()), want
-        torch.testing.assert_close(got, want)
+        assert_close(got, want)
     assert jitted.cache_size() == 1
 
 
@@ -260,7 +260,7 @@ def test_axis_size_and_static_and_keywords():
     jitted = replayed(mapped, static_argnums=1)
     for size in (4, 5):
         for n in (2, 3):
-            torch.testing.assert_close(jitted(numbers(size), n, b=numbers(size)), numbers(size) ** 2 * n)
+            assert_close(jitted(numbers(size), n, b=numbers(size)), numbers(size) ** 2 * n)
     assert jitted.cache_size() == 2
 
 
@@ -271,7 +271,7 @@ def test_draws():
         torch.manual_seed(0)
         want = mapped(numbers(size))
         torch.manual_seed(0)
-        torch.testing.assert_close(jitted(numbers(size)), want)
+        assert_close(jitted(numbers(size)), want)
     assert jitted.cache_size() == 1
 
 
@@ -283,7 +283,7 @@ def test_trees_against_the_loop():
     jitted = replayed(vmap(fun, axes))
     for size in (4, 5, 3):
         p, x = {"w": numbers(2, 3), "c": numbers(size)}, {"a": numbers(3, size), "b": numbers(size, 2)}
-        torch.testing.assert_close(jitted(p, x), loop(fun, axes)(p, x))
+        assert_close(jitted(p, x), loop(fun, axes)(p, x))
     assert jitted.cache_size() == 1
 
 
@@ -294,7 +294,7 @@ def test_captured_tensor_as_long_as_the_batch():
     for size in (4, 5, 6):
         agrees(jitted, mapped, numbers(size, 4))
     whole = replayed(lambda x: vmap(lambda a: a * 2)(x) * shared)
-    torch.testing.assert_close(whole(numbers(4)), numbers(4) * 2 * shared)
+    assert_close(whole(numbers(4)), numbers(4) * 2 * shared)
     with pytest.raises(RuntimeError, match=r"must match|broadcast"):
         whole(numbers(5))
 

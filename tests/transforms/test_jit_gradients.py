@@ -12,6 +12,7 @@ import torchbatch
 from torchbatch import grad, jit, vmap
 from torchbatch.core import tree
 from torchbatch.errors import InPlaceError, UnsupportedOperationError
+from torchbatch.testing import assert_close
 
 replayed = functools.partial(jit, backend="eager")
 BOTH = pytest.mark.parametrize("backend", ["eager", "inductor"])
@@ -106,9 +107,9 @@ def test_gradients_of_inputs(name):
     fun = FUNCTIONS[name]
     x, w = numbers(3).requires_grad_(), numbers(3, seed=1).requires_grad_()
     got, want = outputs_and_gradients(replayed(fun), x, w), outputs_and_gradients(fun, x, w)
-    torch.testing.assert_close(got[0], want[0], check_stride=False)
+    assert_close(got[0], want[0])
     assert got[1] == want[1]
-    torch.testing.assert_close(got[2], want[2])
+    assert_close(got[2], want[2])
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -119,7 +120,7 @@ def test_gradients_of_captured_tensors(name):
     got = outputs_and_gradients(lambda x, w: jitted(), x, w)
     want = outputs_and_gradients(fun, x, w)
     assert got[1] == want[1]
-    torch.testing.assert_close((got[0], got[2]), (want[0], want[2]))
+    assert_close((got[0], got[2]), (want[0], want[2]))
 
 
 @pytest.mark.parametrize("name", ["many", "integers beside", "an output and itself detached", "in place", "transposed"])
@@ -130,7 +131,7 @@ def test_gradients_compiled_by_inductor(name):
     got = outputs_and_gradients(lambda x, w: jitted(x), x, w)
     want = outputs_and_gradients(fun, x, w)
     assert got[1] == want[1]
-    torch.testing.assert_close((got[0], got[2]), (want[0], want[2]))
+    assert_close((got[0], got[2]), (want[0], want[2]))
 
 
 def test_only_some_inputs_require_a_gradient():
@@ -146,7 +147,7 @@ def test_backward_twice(backend):
     y.backward(retain_graph=True)
     first, x.grad = x.grad, None
     y.backward()
-    torch.testing.assert_close(x.grad, first)
+    assert_close(x.grad, first)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         y.backward()
 
@@ -157,8 +158,8 @@ def test_tangents_of_any_layout(backend):
     jitted = jit(lambda x: x.sin() * 2, backend=backend)
     negated = torch.complex(numbers(2, 3), numbers(2, 3, seed=4)).conj().imag
     for tangent in (torch.ones(()).expand(2, 3), numbers(3, 2).t(), negated, torch.ones(4, 6)[::2, ::2]):
-        torch.testing.assert_close(
-            torch.autograd.grad(jitted(x), x, tangent), torch.autograd.grad(x.sin() * 2, x, tangent), check_stride=False
+        assert_close(
+            torch.autograd.grad(jitted(x), x, tangent), torch.autograd.grad(x.sin() * 2, x, tangent)
         )
 
 
@@ -173,20 +174,20 @@ def test_gradient_flows_through_non_leaf_inputs():
     leaf = numbers(3).requires_grad_()
     inner = leaf * 2
     replayed(lambda x: (x**2).sum())(inner).backward()
-    torch.testing.assert_close(leaf.grad, 8 * leaf)
+    assert_close(leaf.grad, 8 * leaf)
 
 
 def test_one_tensor_as_two_arguments():
     x = numbers(3).requires_grad_()
     replayed(lambda a, b: (a * b).sum())(x, x).backward()
-    torch.testing.assert_close(x.grad, 2 * x)
+    assert_close(x.grad, 2 * x)
 
 
 def test_jit_functions_in_a_row():
     x = numbers(3).requires_grad_()
     square = replayed(lambda x: x**2)
     square(square(x)).sum().backward()
-    torch.testing.assert_close(x.grad, 4 * x**3)
+    assert_close(x.grad, 4 * x**3)
 
 
 def test_call_under_no_grad():
@@ -207,7 +208,7 @@ def test_enable_grad_inside_a_call_under_no_grad():
         return torch.autograd.grad(value, w)[0]
 
     with torch.no_grad():
-        torch.testing.assert_close(replayed(fun)(torch.ones(3)), 2 * w)
+        assert_close(replayed(fun)(torch.ones(3)), 2 * w)
 
 
 @BOTH
@@ -216,7 +217,7 @@ def test_complex_gradients(backend):
     z = numbers(3, dtype=torch.complex64).requires_grad_()
     w = numbers(3, seed=1, dtype=torch.complex64).requires_grad_()
     got = torch.autograd.grad(jit(fun, backend=backend)(z, w), (z, w))
-    torch.testing.assert_close(got, torch.autograd.grad(fun(z, w), (z, w)))
+    assert_close(got, torch.autograd.grad(fun(z, w), (z, w)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -288,13 +289,13 @@ def test_second_derivative_says_what_to_do(name):
 def test_create_graph_alone_is_no_error():
     x = numbers(3).requires_grad_()
     (first,) = torch.autograd.grad(replayed(lambda x: (x**2).sum())(x), x, create_graph=True)
-    torch.testing.assert_close(first.detach(), 2 * x.detach())
+    assert_close(first.detach(), 2 * x.detach())
 
 
 def test_second_derivative_inside():
     x = numbers(3).requires_grad_()
     replayed(lambda x: (grad(lambda x: (x**3).sum())(x) ** 2).sum())(x).backward()
-    torch.testing.assert_close(x.grad, 36 * x**3)
+    assert_close(x.grad, 36 * x**3)
 
 
 # What changes between the forward and the backward pass
@@ -310,7 +311,7 @@ def test_overwritten_values_are_noticed(backend, what):
         {"a captured tensor": w, "an argument": v}.get(what, result).mul_(0)
     if what == "a view of the result":  # which has a memory of its own
         result.sum().backward()
-        torch.testing.assert_close(x.grad, torch.autograd.grad(fun(x, v).sum(), x)[0])
+        assert_close(x.grad, torch.autograd.grad(fun(x, v).sum(), x)[0])
         return
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         result.sum().backward()
@@ -394,7 +395,7 @@ def test_batch_norm_and_dropout_in_training(backend):
         return torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Dropout(0.5), torch.nn.Linear(6, 2))
 
     plain, other = made(), made()
-    torch.testing.assert_close(run(jit(other, backend=backend), other), run(plain, plain))
+    assert_close(run(jit(other, backend=backend), other), run(plain, plain))
 
 
 def test_unused_parameters_get_no_gradient():

@@ -23,6 +23,7 @@ from torchbatch.errors import (
     StaticArgumentError,
     UnsupportedOperationError,
 )
+from torchbatch.testing import assert_close
 
 replayed = functools.partial(jit, backend="eager")
 X = torch.tensor([[0.5, 1.0, 2.0], [3.0, 4.0, 5.0]])
@@ -59,7 +60,7 @@ def validation():
 @pytest.mark.parametrize("name", LOG_PROBS)
 def test_distributions_do_not_look_at_values_while_traced(name):
     fun = LOG_PROBS[name]
-    torch.testing.assert_close(replayed(fun)(X), fun(X))
+    assert_close(replayed(fun)(X), fun(X))
     with pytest.raises(ValueError, match="Expected parameter scale"):  # outside they do, as before
         dist.Normal(0.0, -1.0)
 
@@ -77,7 +78,7 @@ def checked(x):
 
 
 def test_a_distribution_that_is_told_to_look():
-    torch.testing.assert_close(vmap(checked)(X), checked(X))  # all samples are looked at
+    assert_close(vmap(checked)(X), checked(X))  # all samples are looked at
     with pytest.raises(DataDependentError) as raised:
         replayed(checked)(X)
     text = "A distribution checks its arguments, which needs their values. Make it with validate_args=False."
@@ -134,7 +135,7 @@ def test_the_shape_of_a_tensor_is_changed(name, target, capfd):
 
 
 def test_a_tensor_made_inside_may_change():
-    torch.testing.assert_close(replayed(lambda x: x.clone().t_() * 2)(X), X.T * 2)
+    assert_close(replayed(lambda x: x.clone().t_() * 2)(X), X.T * 2)
 
 
 # Copies
@@ -150,19 +151,19 @@ COPIES = {
 
 @pytest.mark.parametrize("name", COPIES)
 def test_copies_are_recorded(name):
-    torch.testing.assert_close(replayed(COPIES[name])(X.clone()), COPIES[name](X.clone()))
+    assert_close(replayed(COPIES[name])(X.clone()), COPIES[name](X.clone()))
 
 
 def test_a_deep_copy_is_a_leaf_of_its_own():
     w = W.clone().requires_grad_()
     replayed(lambda x: (copy.deepcopy(w) * x * w).sum())(W).backward()
-    torch.testing.assert_close(w.grad, W * W)
+    assert_close(w.grad, W * W)
     assert replayed(lambda x: copy.deepcopy(w).requires_grad and not copy.deepcopy(x).requires_grad)(W)
 
 
 def test_a_module_is_copied():
     module = nn.Linear(3, 2)
-    torch.testing.assert_close(replayed(lambda x: copy.deepcopy(module)(x))(X), module(X))
+    assert_close(replayed(lambda x: copy.deepcopy(module)(x))(X), module(X))
 
 
 def shared(x):
@@ -187,9 +188,9 @@ def test_the_memory_of_a_captured_tensor(fun):
 def test_a_compiled_function_dissolves():
     inner = torch.compile(lambda x: x.sin() * 2, backend="eager")
     for fun in (inner, lambda x: inner(x) + 1, vmap(inner), lambda x: vmap(inner)(x), grad(lambda x: inner(x).sum())):
-        torch.testing.assert_close(replayed(fun)(X), fun(X))
+        assert_close(replayed(fun)(X), fun(X))
     model = nn.Linear(3, 2)
-    torch.testing.assert_close(replayed(torch.compile(model, backend="eager"))(X), model(X))
+    assert_close(replayed(torch.compile(model, backend="eager"))(X), model(X))
 
 
 # Subclasses
@@ -217,7 +218,7 @@ def test_an_argument_of_a_class():
 @pytest.mark.parametrize("kind", [nn.Parameter, Scale, nn.Buffer])
 def test_classes_that_change_nothing(kind):
     value = kind(W.clone())
-    torch.testing.assert_close(replayed(lambda x: value * x)(value), W * W)
+    assert_close(replayed(lambda x: value * x)(value), W * W)
 
 
 # Where a stage cannot be made
@@ -283,7 +284,7 @@ EXPRESSIONS = (
 def test_arithmetic_is_that_of_python(text, number):
     fun = eval(f"lambda n, half: {text}")
     half = torch.ones((), dtype=torch.float16)
-    torch.testing.assert_close(replayed(fun)(number, half), torch.as_tensor(fun(number, half)), rtol=1e-3, atol=1e-3)
+    assert_close(replayed(fun)(number, half), torch.as_tensor(fun(number, half)), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("number", [True, False])
@@ -291,7 +292,7 @@ def test_arithmetic_is_that_of_python(text, number):
 def test_logic_is_that_of_python(text, number):
     fun = eval(f"lambda b, n: {text}")
     b = torch.tensor([True, False])
-    torch.testing.assert_close(replayed(fun)(b, number), torch.as_tensor(fun(b, number)))
+    assert_close(replayed(fun)(b, number), torch.as_tensor(fun(b, number)))
 
 
 # Options
@@ -332,7 +333,7 @@ def test_dynamic_without_a_map_is_said_once():
 def test_dynamic_with_a_map_or_without_axes_is_not_said(fun, x):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RetraceWarning)
-        torch.testing.assert_close(replayed(fun, dynamic=True)(x), x.sin())
+        assert_close(replayed(fun, dynamic=True)(x), x.sin())
 
 
 # Modes of PyTorch
@@ -341,7 +342,7 @@ def test_dynamic_with_a_map_or_without_axes_is_not_said(fun, x):
 def test_under_a_default_device_calls_are_recognised():
     jitted = replayed(lambda x: x + torch.ones(3))
     with torch.device("cpu"):
-        torch.testing.assert_close(jitted(W), W + 1)
+        assert_close(jitted(W), W + 1)
         assert jitted._cache.tickets[0].check(W)
     with torch.device("meta"):
         assert jitted(torch.ones(3)).device.type == "meta" or jitted.cache_size() == 2
@@ -406,7 +407,7 @@ def test_a_compiled_module_has_the_attributes_of_the_module():
     assert list(jitted.state_dict()) == list(module.state_dict())
     assert list(map(id, jitted.parameters())) == list(map(id, module.parameters()))
     assert jitted.eval() is jitted and not module.training
-    torch.testing.assert_close(jitted(X), module(X))
+    assert_close(jitted(X), module(X))
     assert jitted.train().training and not hasattr(jitted, "nothing")
 
 

@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 
 from torchbatch import checkpoint, jit, make_graph, vmap
 from torchbatch.errors import InputTypeError, LeakedTracerError, UnsupportedOperationError
+from torchbatch.testing import assert_close
 
 replayed = functools.partial(jit, backend="eager")
 X = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
@@ -239,7 +240,7 @@ def test_what_is_replaced_is_seen(change):
     before = jitted(X)
     change(model)
     got = jitted(X)
-    torch.testing.assert_close(got, model(X))
+    assert_close(got, model(X))
     assert torch.equal(got, before) == (change is other_dtype)
 
 
@@ -252,7 +253,7 @@ def test_the_buffers_that_are_updated_are_those_of_now():
         module.double().float()
     jitted(X)
     other(X)
-    torch.testing.assert_close(model.state_dict(), other.state_dict())
+    assert_close(model.state_dict(), other.state_dict())
 
 
 def test_what_is_replaced_for_a_time_only_needs_no_other_trace():
@@ -450,8 +451,8 @@ def test_recurrent_modules_with_given_weights(make):
     layer = make(3, 2)
     want_before = layer(X)[0]
     got, want = with_given_weights(layer)
-    torch.testing.assert_close(got(X), want(X))
-    torch.testing.assert_close(layer(X)[0], want_before)
+    assert_close(got(X), want(X))
+    assert_close(layer(X)[0], want_before)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
@@ -465,8 +466,8 @@ def test_weights_that_pytorch_computes_before_each_call(make):
     module = make(nn.Linear(3, 3)).eval()
     want = module(X)
     jitted = replayed(module)
-    torch.testing.assert_close(jitted(X), want)
-    torch.testing.assert_close(module(X), want)
+    assert_close(jitted(X), want)
+    assert_close(module(X), want)
 
 
 # Hooks
@@ -497,4 +498,4 @@ def test_a_lazy_module_is_run_before(make):
         "it sees. Run the module once before, without jit."
     )
     want = module(X)
-    torch.testing.assert_close(replayed(module)(X), want)
+    assert_close(replayed(module)(X), want)

@@ -14,6 +14,7 @@ from torch import nn
 import torchbatch
 from torchbatch import jit, vmap
 from torchbatch.errors import InPlaceError, RandomnessError, StaticArgumentError, UnsupportedOperationError
+from torchbatch.testing import assert_close
 
 replayed = functools.partial(jit, backend="eager")
 BOTH = pytest.mark.parametrize("backend", ["eager", "inductor"])
@@ -165,7 +166,7 @@ def test_pytorchs_checkpoint_without_a_draw():
     fun = lambda x: torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=False)  # noqa: E731
     x = X.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(replayed(fun)(x).sum(), x)
-    torch.testing.assert_close(gradient, torch.cos(X))
+    assert_close(gradient, torch.cos(X))
 
 
 def test_chunks_that_may_draw_are_refused():
@@ -202,7 +203,7 @@ def test_draws_are_those_of_eager_in_any_layout(layout, backend, request):
     torch.manual_seed(0)
     found = jit(fun, backend=backend)(x)
     for name, a, b in zip(DRAWS, found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=name)
+        assert_close(a, b, rtol=1e-6, atol=1e-6, where=name)
 
 
 def test_a_transformer_layer_in_training_drops_what_eager_drops():
@@ -210,7 +211,7 @@ def test_a_transformer_layer_in_training_drops_what_eager_drops():
     torch.manual_seed(0)
     expected = layer(x)
     torch.manual_seed(0)
-    torch.testing.assert_close(replayed(layer)(x), expected)
+    assert_close(replayed(layer)(x), expected)
 
 
 # --- other -----------------------------------------------------------------------------------------------------------

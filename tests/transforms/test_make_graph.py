@@ -19,6 +19,7 @@ from torchbatch.errors import (
     TorchbatchError,
     UnsupportedOperationError,
 )
+from torchbatch.testing import assert_close
 from torchbatch.transforms.eval_shape import ShapeDtypeStruct, eval_shape
 from torchbatch.transforms.grad import grad
 from torchbatch.transforms.jacobian import hessian, jacfwd, jacrev
@@ -54,7 +55,7 @@ def test_a_graph():
 def test_the_module_runs():
     graph = make_graph(lambda x: (layer(x, W), x.sum()))(X)
     for ours, theirs in zip(graph.module(X, *graph.captured), (layer(X, W), X.sum()), strict=True):
-        torch.testing.assert_close(ours, theirs)
+        assert_close(ours, theirs)
 
 
 def test_the_shapes_of_the_output():
@@ -128,7 +129,7 @@ def test_what_is_written_in_place():
     graph = make_graph(lambda x: x.mul_(2).sum())(x)
     assert str(graph).splitlines()[-2:] == ["a <- b", "return c"]
     assert graph.outputs == [S((), F32)] and len(graph.module(X)) == 2
-    torch.testing.assert_close(x, X)
+    assert_close(x, X)
 
 
 def test_jit_dissolves():

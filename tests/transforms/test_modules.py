@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from torchbatch.errors import AxisError, InputTypeError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 from torchbatch.transforms.modules import stack_modules
 
 
@@ -49,7 +49,7 @@ def test_one_call_equals_the_members(mapping: Any) -> None:
     members = [net.eval() for net in nets()]
     x = torch.randn(5, 3)
     out = ensemble(mapping, *stack_modules(members), x)
-    torch.testing.assert_close(out, torch.stack([net(x) for net in members]))
+    assert_close(out, torch.stack([net(x) for net in members]))
 
 
 @pytest.mark.parametrize("mapping", MAPS)
@@ -64,7 +64,7 @@ def test_gradients_equal_those_of_the_members_and_do_not_reach_them(mapping: Any
     for name, stacked in params.items():
         grads = [dict(net.named_parameters())[name].grad for net in members]
         if stacked.requires_grad:
-            torch.testing.assert_close(stacked.grad, torch.stack(grads))
+            assert_close(stacked.grad, torch.stack(grads))
         else:
             assert grads == [None] * 3
 
@@ -78,7 +78,7 @@ def test_running_statistics_are_updated_in_place_for_each_member(mapping: Any) -
     for net in members:
         net(x)
     for name, stacked in buffers.items():
-        torch.testing.assert_close(stacked, torch.stack([dict(net.named_buffers())[name] for net in members]))
+        assert_close(stacked, torch.stack([dict(net.named_buffers())[name] for net in members]))
 
 
 def test_what_comes_back() -> None:
@@ -105,15 +105,15 @@ def test_keyword_arguments_and_pickling() -> None:
     apply, params, buffers = stack_modules(members)
     first = ({name: p[0] for name, p in params.items()}, {name: b[0] for name, b in buffers.items()})
     x = torch.randn(2, 3)
-    torch.testing.assert_close(apply(*first, x, shift=1.0), members[0](x) + 1)
-    torch.testing.assert_close(pickle.loads(pickle.dumps(apply))(*first, x), members[0](x))
+    assert_close(apply(*first, x, shift=1.0), members[0](x) + 1)
+    assert_close(pickle.loads(pickle.dumps(apply))(*first, x), members[0](x))
 
 
 def test_parametrized_modules_stack() -> None:
     members = [nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)) for _ in range(2)]
     x = torch.randn(4, 3)
     out = ensemble(loop, *stack_modules(members), x)
-    torch.testing.assert_close(out, torch.stack([module(x) for module in members]))
+    assert_close(out, torch.stack([module(x) for module in members]))
 
 
 def test_module_list() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 import torchbatch
 from torchbatch import ShapeDtypeStruct, grad, jit, load, vmap
 from torchbatch.errors import InputTypeError, StaticArgumentError, UnsupportedOperationError
+from torchbatch.testing import assert_close
 
 X = torch.arange(12.0).reshape(4, 3)
 STATE = {"w": torch.tensor([1.0, 2.0, 3.0]), "b": torch.ones(2)}
@@ -73,7 +74,7 @@ def test_stages_say_what_they_are(compiled, tmp_path):
 def test_the_text_and_the_graph():
     found = staged(vmap(lambda x: x @ STATE["w"]), X)
     assert found.as_text() == "inputs a:f32[4,3]; captured b:f32[3]\nc:f32[4] = mv a b\nreturn c"
-    torch.testing.assert_close(found.graph(X, STATE["w"])[0], X @ STATE["w"])
+    assert_close(found.graph(X, STATE["w"])[0], X @ STATE["w"])
 
 
 def test_arguments_and_output_are_described():
@@ -110,8 +111,8 @@ def test_the_arguments_are_not_kept():
 def test_static_arguments_are_left_out(either):
     found = either(X + 1, STATE, k=2.0)
     expected = model(2, X + 1, STATE, k=2.0)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(either(X, STATE, k=-1.5), model(2, X, STATE, k=-1.5))
+    assert_close(found, expected)
+    assert_close(either(X, STATE, k=-1.5), model(2, X, STATE, k=-1.5))
 
 
 def test_static_arguments_are_left_out_in_jax_too():
@@ -124,7 +125,7 @@ def test_static_arguments_are_left_out_in_jax_too():
 
 def test_inductor_compiles_it():
     found = jit(vmap(lambda x: torch.tanh(x) * STATE["w"])).lower(X).compile()
-    torch.testing.assert_close(found(X + 1), torch.tanh(X + 1) * STATE["w"])
+    assert_close(found(X + 1), torch.tanh(X + 1) * STATE["w"])
     assert "def call(" in found.as_text() and "tanh" in found.as_text()
 
 
@@ -133,15 +134,15 @@ def test_a_change_of_a_captured_tensor_is_seen():
     found = staged(lambda x: x * scale, X).compile()
     found(X)
     scale.mul_(5)
-    torch.testing.assert_close(found(X), X * 5)
+    assert_close(found(X), X * 5)
 
 
 def test_an_argument_is_written_in_place():
     total = torch.zeros(3)
     found = staged(lambda total, x: total.add_(x.sum(0)) * 2, total, X).compile()
     for count in (1, 2):
-        torch.testing.assert_close(found(total, X), 2 * count * X.sum(0))
-    torch.testing.assert_close(total, 2 * X.sum(0))
+        assert_close(found(total, X), 2 * count * X.sum(0))
+    assert_close(total, 2 * X.sum(0))
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
@@ -154,7 +155,7 @@ def test_the_result_can_be_differentiated(backend):
         ours = layer.weight.grad
         layer.zero_grad()
         layer(X).square().sum().backward()
-        torch.testing.assert_close(ours, layer.weight.grad)
+        assert_close(ours, layer.weight.grad)
     assert found.as_text().count("def ") >= 2  # the code of the backward pass was added
     with torch.no_grad():
         assert not found(X).requires_grad
@@ -164,7 +165,7 @@ def test_one_compilation_serves_every_batch_size():
     found = replayed(vmap(lambda x: x.sin().sum()), dynamic=True).lower(X).compile()
     for size in (2, 3, 50):
         x = torch.randn(size, 3)
-        torch.testing.assert_close(found(x), x.sin().sum(1))
+        assert_close(found(x), x.sin().sum(1))
     with pytest.raises(InputTypeError, match=re.escape("argument x: float32[4,3] -> float32[1,3]")):
         found(X[:1])
 
@@ -172,7 +173,7 @@ def test_one_compilation_serves_every_batch_size():
 def test_the_same_tensor_twice():
     found = staged(lambda a, b: a + 2 * b, X, X.clone()).compile()
     for _ in range(2):
-        torch.testing.assert_close(found(X, X), 3 * X)
+        assert_close(found(X, X), 3 * X)
 
 
 def test_an_axis_of_size_1_may_have_any_stride():
@@ -181,7 +182,7 @@ def test_an_axis_of_size_1_may_have_any_stride():
     assert column.stride() == (3, 1)
     with pytest.raises(InputTypeError, match="strides"):
         found(column)
-    torch.testing.assert_close(found(torch.ones(1, 4).T), torch.full((4, 1), 2.0))  # strides (1, 4)
+    assert_close(found(torch.ones(1, 4).T), torch.full((4, 1), 2.0))  # strides (1, 4)
 
 
 def test_an_empty_axis_has_no_strides():
@@ -192,7 +193,7 @@ def test_an_empty_axis_has_no_strides():
 @pytest.mark.filterwarnings("error:Dynamo")
 def test_torch_compile_leaves_it_alone():
     found = staged(lambda x: x * 2, X).compile()
-    torch.testing.assert_close(torch.compile(lambda x: found(x) + 1, backend="eager")(X), X * 2 + 1)
+    assert_close(torch.compile(lambda x: found(x) + 1, backend="eager")(X), X * 2 + 1)
 
 
 # --- what it refuses -------------------------------------------------------------------------------------------------
@@ -302,18 +303,18 @@ def test_a_gradient_that_it_lacks_is_refused(either):
         "a gradient, pass x.detach(), or call it under torch.no_grad()."
     )
     with torch.no_grad():
-        torch.testing.assert_close(either(x, STATE, k=1.0), model(2, X, STATE))
+        assert_close(either(x, STATE, k=1.0), model(2, X, STATE))
 
 
 def test_a_gradient_of_a_captured_tensor_is_not_lost():
     layer = nn.Linear(3, 2)
     with torch.no_grad():
         found = staged(layer, X).compile()
-        torch.testing.assert_close(found(X), layer(X))
+        assert_close(found(X), layer(X))
     with pytest.raises(UnsupportedOperationError, match=r"compiled under torch\.no_grad\(\), but closes over a tensor"):
         found(X)
     with torch.inference_mode():
-        torch.testing.assert_close(found(X), layer(X))
+        assert_close(found(X), layer(X))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -328,7 +329,7 @@ def test_a_loaded_function_owns_what_it_closed_over(tmp_path):
 
     found = saved(staged(fun, X).compile(), tmp_path)
     for i in (1, 2):
-        torch.testing.assert_close(found(X), X + i)
+        assert_close(found(X), X + i)
     assert count.item() == 0
 
 
@@ -337,7 +338,7 @@ def test_a_loaded_function_writes_into_its_arguments(tmp_path):
     total = torch.zeros(3)
     version = total._version
     found(total, torch.ones(3))
-    torch.testing.assert_close(total, torch.ones(3))
+    assert_close(total, torch.ones(3))
     assert total._version > version
     with pytest.raises(UnsupportedOperationError, match="shares memory with another one"):
         found(total, total)
@@ -347,7 +348,7 @@ def test_a_loaded_function_serves_every_batch_size(tmp_path):
     found = saved(replayed(vmap(lambda x: x.sin().sum()), dynamic=True).lower(X).compile(), tmp_path)
     for size in (2, 50):
         x = torch.randn(size, 3)
-        torch.testing.assert_close(found(x), x.sin().sum(1))
+        assert_close(found(x), x.sin().sum(1))
     with pytest.raises(InputTypeError, match=re.escape("float32[4,3] -> float32[1,3]")):
         found(X[:1])
 
@@ -357,7 +358,7 @@ def test_draws_come_from_the_generator(tmp_path):
     torch.manual_seed(0)
     ours = found(X)
     torch.manual_seed(0)
-    torch.testing.assert_close(ours, X + torch.rand(3))
+    assert_close(ours, X + torch.rand(3))
 
 
 def test_a_view_is_saved_without_its_base(tmp_path):
@@ -365,7 +366,7 @@ def test_a_view_is_saved_without_its_base(tmp_path):
     row = base[5:8].T
     compiled = staged(lambda x: x @ row, torch.ones(4, 2)).compile()
     found = saved(compiled, tmp_path)
-    torch.testing.assert_close(found(torch.ones(4, 2)), torch.ones(4, 2) @ row)
+    assert_close(found(torch.ones(4, 2)), torch.ones(4, 2) @ row)
     assert (tmp_path / "f.torchbatch").stat().st_size < 100_000
 
 
@@ -386,14 +387,14 @@ def test_a_saved_gradient(tmp_path):
 
     w = torch.randn(3)
     found = saved(staged(grad(loss), w, X).compile(), tmp_path)
-    torch.testing.assert_close(found(w, X), grad(loss)(w, X))
+    assert_close(found(w, X), grad(loss)(w, X))
 
 
 def test_a_module_is_saved_under_no_grad(tmp_path):
     layer = nn.Linear(3, 2)
     with torch.no_grad():
         found = saved(staged(layer, X).compile(), tmp_path)
-    torch.testing.assert_close(found(X), layer(X).detach())
+    assert_close(found(X), layer(X).detach())
 
 
 def test_a_backend_of_the_users_is_not_saved(tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from torchbatch import checkpoint, custom_jvp, hessian, jacfwd, jit, jvp, lax, linearize, vmap
 from torchbatch.core.tree import flatten
+from torchbatch.testing import assert_close
 
 POINT, ONE = torch.tensor(0.5), torch.ones(())
 STEPS = {
@@ -49,27 +50,27 @@ def test_of_jacobians_and_linear_functions(name):
 
 def test_the_numbers_are_right():
     value, tangent = pushed(STEPS["power"])(POINT)
-    torch.testing.assert_close((value, tangent), (torch.tensor(0.1875), torch.tensor(1.125)))
+    assert_close((value, tangent), (torch.tensor(0.1875), torch.tensor(1.125)))
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, lambda f: jit(f, backend="eager")], ids=["eager", "jit"])
 def test_of_second_order(wrap):
     cube = STEPS["power"]
     for second in (hessian(cube), jacfwd(jacfwd(cube)), lambda x: pushed(lambda y: pushed(cube)(y)[1])(x)[1]):
-        torch.testing.assert_close(wrap(second)(POINT), torch.tensor(4.5))
+        assert_close(wrap(second)(POINT), torch.tensor(4.5))
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, lambda f: jit(f, backend="eager")], ids=["eager", "jit"])
 def test_inside_a_loop_the_tangent_can_be_carried(wrap):
     steps = wrap(lambda x: lax.scan(lambda c, _: (pushed(STEPS["product"])(c)[1], c), x, None, length=3))
-    torch.testing.assert_close(steps(POINT), (torch.tensor(1.5), torch.tensor([0.5, 1.5, 1.5])))
+    assert_close(steps(POINT), (torch.tensor(1.5), torch.tensor([0.5, 1.5, 1.5])))
 
 
 def test_a_rule_gets_a_tangent_of_the_dtype_of_its_argument():
     sine = custom_jvp(torch.sin)
     sine.defjvp(lambda primals, tangents: (torch.sin(primals[0]), torch.cos(primals[0]) * tangents[0]))
     value, tangent = pushed(lambda x: sine(2.5 * x))(POINT)
-    torch.testing.assert_close((value, tangent), (torch.tensor(1.25).sin(), 2.5 * torch.tensor(1.25).cos()))
+    assert_close((value, tangent), (torch.tensor(1.25).sin(), 2.5 * torch.tensor(1.25).cos()))
 
 
 def test_compiled_by_torch_compile():

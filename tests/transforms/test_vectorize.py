@@ -15,6 +15,7 @@ from hypothesis import given, settings
 import torchbatch
 from torchbatch import grad, jvp, vectorize, vmap
 from torchbatch.errors import AxisError, AxisSpecError, InputTypeError, OutputTypeError, TorchbatchError
+from torchbatch.testing import assert_close
 
 
 def by_loop(fun, cores, *args):
@@ -45,7 +46,7 @@ mv = vectorize(apply, signature="(n,m),(m)->(n)")
 def test_leading_axes_broadcast(a, b, jit):
     matrix, vector = torch.randn(*a, 2, 3), torch.randn(*b, 3)
     run = torchbatch.jit(mv, backend="eager") if jit else mv
-    torch.testing.assert_close(run(matrix, vector), by_loop(apply, (2, 1), matrix, vector))
+    assert_close(run(matrix, vector), by_loop(apply, (2, 1), matrix, vector))
 
 
 @settings(max_examples=25)
@@ -66,7 +67,7 @@ def test_any_signature_equals_the_loop_and_jax(data):
         return first * sum([other.sum() for other in others], first.sum())
 
     ours = vectorize(fun, signature=text)(*args)
-    torch.testing.assert_close(ours, by_loop(fun, [len(core) for core in cores], *args))
+    assert_close(ours, by_loop(fun, [len(core) for core in cores], *args))
     theirs = jnp.vectorize(fun, signature=text)(*map(np.asarray, args))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -183,20 +184,20 @@ def test_inside_and_outside_of_other_transforms(jit):
     def plain(matrix, vector):
         return ((matrix @ vector) ** 2).sum()
 
-    torch.testing.assert_close(wrap(grad(loss, (0, 1)))(matrix, vector), grad(plain, (0, 1))(matrix, vector))
-    torch.testing.assert_close(
+    assert_close(wrap(grad(loss, (0, 1)))(matrix, vector), grad(plain, (0, 1))(matrix, vector))
+    assert_close(
         wrap(vmap(grad(loss), (0, None)))(matrix, vector), torch.stack([grad(plain)(m, vector) for m in matrix])
     )
     ours = wrap(lambda m, v: jvp(loss, (m, v), (m, v)))(matrix, vector)
-    torch.testing.assert_close(ours, jvp(plain, (matrix, vector), (matrix, vector)))
+    assert_close(ours, jvp(plain, (matrix, vector), (matrix, vector)))
     slope = vectorize(grad(lambda x, y: x**2 * y))
-    torch.testing.assert_close(wrap(slope)(vector, matrix[0, 0]), 2 * vector * matrix[0, 0])
+    assert_close(wrap(slope)(vector, matrix[0, 0]), 2 * vector * matrix[0, 0])
 
 
 def test_under_torch_compile():
     run = torch.compile(lambda a, b: mv(a, b), backend="eager", fullgraph=True)
     a, b = torch.randn(5, 1, 2, 3), torch.randn(4, 3)
-    torch.testing.assert_close(run(a, b), by_loop(apply, (2, 1), a, b))
+    assert_close(run(a, b), by_loop(apply, (2, 1), a, b))
 
 
 MM = "(n,m),(m)->(n)"

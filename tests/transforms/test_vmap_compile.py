@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import torchbatch
 from torchbatch import vmap
 from torchbatch.errors import EscapedValueError, UnsupportedOperationError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 G = torch.Generator().manual_seed(0)
 X, Y, X3 = torch.randn(3, 4, generator=G), torch.randn(3, 4, generator=G), torch.randn(3, 4, 5, generator=G)
@@ -125,24 +125,24 @@ def compiled(fun, backend="aot_eager"):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_compiled_whole(name):
-    torch.testing.assert_close(compiled(PROGRAMS[name])(X, Y), PROGRAMS[name](X, Y))
+    assert_close(compiled(PROGRAMS[name])(X, Y), PROGRAMS[name](X, Y))
 
 
 @pytest.mark.parametrize("name", ["prefix trees", "per-example gradients", "writes"])
 def test_compiled_by_inductor(name):
-    torch.testing.assert_close(compiled(PROGRAMS[name], "inductor")(X, Y), PROGRAMS[name](X, Y))
+    assert_close(compiled(PROGRAMS[name], "inductor")(X, Y), PROGRAMS[name](X, Y))
 
 
 def test_the_mapped_function_itself_is_compiled():
     for mapped in (vmap(lambda a: a.sin() + 1), vmap(writes), decorated):
-        torch.testing.assert_close(compiled(mapped)(X), mapped(X))
+        assert_close(compiled(mapped)(X), mapped(X))
 
 
 def test_a_module_that_maps_is_compiled_with_its_gradients():
     model, x = Model(), X.clone().requires_grad_()
     expected = torch.autograd.grad(model(x).sum(), [x, *model.parameters()])
     result = torch.autograd.grad(compiled(model)(x).sum(), [x, *model.parameters()])
-    torch.testing.assert_close(result, expected)
+    assert_close(result, expected)
 
 
 def test_errors_while_compiling_are_ours():
@@ -167,7 +167,7 @@ def test_hessian_in_a_compiled_map():
     def program(x):
         return vmap(hessian(lambda a: (a**3).sum()))(x)
 
-    torch.testing.assert_close(compiled(program)(X), program(X))
+    assert_close(compiled(program)(X), program(X))
 
 
 # --- vmap over what is compiled ---------------------------------------------------------------------------------------
@@ -178,11 +178,11 @@ def test_vmap_over_compiled_functions_and_modules():
     in_place = torch.nn.Linear(4, 2)
     in_place.compile(backend="aot_eager")
     as_module = torch.compile(linear, backend="aot_eager")
-    torch.testing.assert_close(vmap(INNER)(X), X.cos())
-    torch.testing.assert_close(vmap(functools.partial(INNER))(X), X.cos())
-    torch.testing.assert_close(vmap(as_module)(X), linear(X))
-    torch.testing.assert_close(vmap(torch.compile(linear.forward, backend="aot_eager"))(X), linear(X))
-    torch.testing.assert_close(vmap(in_place)(X), in_place(X))
+    assert_close(vmap(INNER)(X), X.cos())
+    assert_close(vmap(functools.partial(INNER))(X), X.cos())
+    assert_close(vmap(as_module)(X), linear(X))
+    assert_close(vmap(torch.compile(linear.forward, backend="aot_eager"))(X), linear(X))
+    assert_close(vmap(in_place)(X), in_place(X))
 
 
 def test_compiled_functions_called_inside():
@@ -192,12 +192,12 @@ def test_compiled_functions_called_inside():
         room[0] = v[0]
         return INNER(room) + before
 
-    torch.testing.assert_close(vmap(lambda v: INNER(v) * 2)(X), X.cos() * 2)
-    torch.testing.assert_close(vmap(vmap(INNER))(X), X.cos())
-    torch.testing.assert_close(vmap(grad(lambda v: INNER(v).sum()))(X), -X.sin())
-    torch.testing.assert_close(vmap(torchbatch.grad(lambda v: INNER(v).sum()))(X), -X.sin())
-    torch.testing.assert_close(vmap(torch.compile(vmap(torch.cos), backend="aot_eager"))(X), X.cos())
-    torch.testing.assert_close(vmap(written)(X), loop(written)(X))
+    assert_close(vmap(lambda v: INNER(v) * 2)(X), X.cos() * 2)
+    assert_close(vmap(vmap(INNER))(X), X.cos())
+    assert_close(vmap(grad(lambda v: INNER(v).sum()))(X), -X.sin())
+    assert_close(vmap(torchbatch.grad(lambda v: INNER(v).sum()))(X), -X.sin())
+    assert_close(vmap(torch.compile(vmap(torch.cos), backend="aot_eager"))(X), X.cos())
+    assert_close(vmap(written)(X), loop(written)(X))
 
 
 # --- export and make_fx -----------------------------------------------------------------------------------------------
@@ -207,13 +207,13 @@ def test_compiled_functions_called_inside():
 def test_export(out_axes):
     model = Model(out_axes)
     program = torch.export.export(model, (X,), strict=False)
-    torch.testing.assert_close(program.module()(Y), model(Y))
+    assert_close(program.module()(Y), model(Y))
 
 
 def test_export_with_a_dynamic_batch():
     model, longer = Model(), torch.cat([X, Y])
     program = torch.export.export(model, (X,), strict=False, dynamic_shapes=({0: torch.export.Dim("b")},))
-    torch.testing.assert_close(program.module()(longer), model(longer))
+    assert_close(program.module()(longer), model(longer))
 
 
 FLAT = {
@@ -231,7 +231,7 @@ FLAT = {
 @pytest.mark.parametrize("name", FLAT)
 def test_make_fx(name, mode):
     graph = make_fx(FLAT[name], tracing_mode=mode)(X)
-    torch.testing.assert_close(graph(Y), FLAT[name](Y))
+    assert_close(graph(Y), FLAT[name](Y))
 
 
 def test_fake_tensors():
@@ -248,9 +248,9 @@ def test_checkpoint_outside_and_ours_inside():
     (expected,) = torch.autograd.grad((x.sin() ** 2).sum(), x)
     ours = torchbatch.checkpoint(lambda y: y.sin() ** 2)
     for value in (checkpoint(vmap(lambda y: y.sin() ** 2), x, use_reentrant=False), vmap(ours)(x)):
-        torch.testing.assert_close(torch.autograd.grad(value.sum(), x)[0], expected)
-    torch.testing.assert_close(vmap(grad(lambda y: ours(y).sum()))(X), expected)
-    torch.testing.assert_close(grad(lambda y: vmap(ours)(y).sum())(X), expected)
+        assert_close(torch.autograd.grad(value.sum(), x)[0], expected)
+    assert_close(vmap(grad(lambda y: ours(y).sum()))(X), expected)
+    assert_close(grad(lambda y: vmap(ours)(y).sum())(X), expected)
 
 
 def test_pytorchs_checkpoint_inside():
@@ -261,7 +261,7 @@ def test_pytorchs_checkpoint_inside():
 
     x = X.clone().requires_grad_()
     value = vmap(again)(x)
-    torch.testing.assert_close(value, x.sin() ** 2)
+    assert_close(value, x.sin() ** 2)
     with pytest.raises(EscapedValueError):
         value.sum().backward()
     with pytest.raises(UnsupportedOperationError, match=r"hooks for saved tensors\. Use torchbatch\.checkpoint\.\n  in again"):
@@ -283,7 +283,7 @@ def test_grad_modes(context):
         (lambda: vmap(program)(x), lambda: loop(program)(x)),
     ):
         ours, theirs = mapped(), looped()
-        torch.testing.assert_close(ours, theirs)
+        assert_close(ours, theirs)
         assert [t.requires_grad for t in ours] == [t.requires_grad for t in theirs]
 
 
@@ -296,23 +296,23 @@ def test_backward_through_a_map():
             model.bias.zero_()
         lib(lambda v, m=model: m(v).tanh().sum() * v[0])(x).sum().backward()
         results.append((x.grad, model.weight.grad, model.bias.grad))
-    torch.testing.assert_close(*results)
+    assert_close(*results)
 
 
 def test_double_backward_and_forward_mode():
     x = X.clone().requires_grad_()
     (first,) = torch.autograd.grad(vmap(lambda v: (v**3).sum())(x).sum(), x, create_graph=True)
-    torch.testing.assert_close(torch.autograd.grad(first.sum(), x)[0], 6 * X)
+    assert_close(torch.autograd.grad(first.sum(), x)[0], 6 * X)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(X, Y)
         primal, tangent = torch.autograd.forward_ad.unpack_dual(vmap(lambda v: v.sin() * v[0])(dual))
     expected = torch.func.jvp(lambda x: x.sin() * x[:, :1], (X,), (Y,))
-    torch.testing.assert_close((primal, tangent), expected)
+    assert_close((primal, tangent), expected)
 
 
 def test_numpy_and_torch_arguments_mix():
-    torch.testing.assert_close(vmap(torch.add)(X.numpy(), Y), X + Y)
-    torch.testing.assert_close(vmap(torch.mul, (0, None))(np.ones((3, 4), dtype=np.float32), 2.0), torch.full((3, 4), 2.0))
+    assert_close(vmap(torch.add)(X.numpy(), Y), X + Y)
+    assert_close(vmap(torch.mul, (0, None))(np.ones((3, 4), dtype=np.float32), 2.0), torch.full((3, 4), 2.0))
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def test_autocast_dtypes_are_the_loops_inside_and_around(name, inside):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             ours, theirs = vmap(AUTOCAST[name])(X), loop(AUTOCAST[name])(X)
     assert ours.dtype == theirs.dtype
-    torch.testing.assert_close(ours, theirs)
+    assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("name", AUTOCAST)
@@ -363,5 +363,5 @@ def test_autocast_dtypes_of_gradients_are_the_loops(name):
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, theirs = vmap(torchbatch.grad(loss))(X), loop(torchbatch.grad(loss))(X)
-    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 

@@ -14,7 +14,7 @@ import torchbatch
 from torchbatch import vmap
 from torchbatch.core.writes import may_keep
 from torchbatch.errors import AxisError, EscapedValueError, InPlaceError, RandomnessError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 X = torch.arange(6.0).reshape(3, 2)
 
@@ -78,10 +78,10 @@ def test_a_tensor_of_an_earlier_call_is_not_given_the_values_of_a_later_one():
             cache["zeros"] = torch.zeros(2)
         return x + cache["zeros"]
 
-    torch.testing.assert_close(vmap(cached)(X), X)
+    assert_close(vmap(cached)(X), X)
     with pytest.raises(InPlaceError, match="made outside the vmap that maps it"):
         vmap(lambda x: cache["zeros"].add_(x))(X)
-    torch.testing.assert_close(vmap(cached)(X), X)
+    assert_close(vmap(cached)(X), X)
     assert cache["zeros"].tolist() == [0, 0]
 
 
@@ -156,7 +156,7 @@ def drawn(x):
 
 @pytest.mark.parametrize("fun", [index_changed_later, NamedLikeAMethod(), torchbatch.checkpoint(NamedLikeAMethod()), patched()])
 def test_a_write_that_is_hard_to_see_in_the_code(fun):
-    torch.testing.assert_close(vmap(fun)(X), loop(fun)(X))
+    assert_close(vmap(fun)(X), loop(fun)(X))
 
 
 def test_a_write_in_an_unmapped_argument():
@@ -164,12 +164,12 @@ def test_a_write_in_an_unmapped_argument():
         return torch.func.functional_call(model, {}, (x,))
 
     axes = (None, 0)
-    torch.testing.assert_close(vmap(through, axes)(NamedLikeAMethod(), X), loop(through, axes)(NamedLikeAMethod(), X))
-    torch.testing.assert_close(vmap(lambda a, x: a.add(x), axes)(Adder(), X), loop(lambda a, x: a.add(x), axes)(Adder(), X))
+    assert_close(vmap(through, axes)(NamedLikeAMethod(), X), loop(through, axes)(NamedLikeAMethod(), X))
+    assert_close(vmap(lambda a, x: a.add(x), axes)(Adder(), X), loop(lambda a, x: a.add(x), axes)(Adder(), X))
 
 
 def test_a_write_into_what_was_drawn():
-    torch.testing.assert_close(vmap(drawn, randomness="same")(X), X)
+    assert_close(vmap(drawn, randomness="same")(X), X)
 
 
 def test_memory_that_was_handed_on_is_not_exchanged():
@@ -191,7 +191,7 @@ def test_out_keeps_to_the_dtype_and_fills_an_empty_tensor():
     with pytest.raises(InPlaceError) as caught:
         vmap(lambda x: torch.mul(x, 1.5, out=torch.zeros(2, dtype=torch.long)))(X)
     assert str(caught.value) == "out= has dtype torch.int64, to which a result of dtype torch.float32 cannot be cast."
-    torch.testing.assert_close(vmap(lambda x: torch.mul(x, 2, out=torch.empty(0)))(X), X * 2)
+    assert_close(vmap(lambda x: torch.mul(x, 2, out=torch.empty(0)))(X), X * 2)
 
 
 # --- draws and errors ------------------------------------------------------------------------------------------------

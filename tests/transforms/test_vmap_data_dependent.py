@@ -13,7 +13,7 @@ from torch.func import vmap as tvmap
 import torchbatch
 from torchbatch import vmap
 from torchbatch.errors import DataDependentError, TorchbatchError, UnsupportedOperationError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -145,7 +145,7 @@ def test_every_use_of_a_per_sample_value_by_python(line, written):
 def test_what_the_loop_can_do_with_a_constant_vmap_can_too(written):
     for line in ("return x * int(torch.ones(()))", "return x if torch.ones(()) > 0 else -x", "return x[torch.ones(4) > 0]"):
         fun, _ = written(line)
-        torch.testing.assert_close(vmap(fun)(X), loop(fun)(X))
+        assert_close(vmap(fun)(X), loop(fun)(X))
 
 
 # --- where the line is ------------------------------------------------------------------------------------------------

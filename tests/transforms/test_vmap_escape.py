@@ -19,7 +19,7 @@ import torchbatch
 from torchbatch import vmap
 from torchbatch._torch.escape import EscapedTensor
 from torchbatch.errors import EscapedValueError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 TEXT = (
@@ -370,7 +370,7 @@ def test_innocent_programs_never_raise_a_false_alarm(name, options):
         results.append(mapped(square))
     expected = loop(INNOCENT[name], **options)(square)
     for result in results:
-        torch.testing.assert_close(result, expected)
+        assert_close(result, expected)
     assert not any(isinstance(t, EscapedTensor) for t in mine)
 
 
@@ -386,7 +386,7 @@ def test_an_outer_transforms_values_are_left_alone():
     expected = torch.stack([x * 3 + (x[:, None] * x).sum(0) for x in X])
     for transform in (vmap, tvmap, lambda f: lambda x: torch.stack([jvp(f, (row,), (row,))[0] for row in x])):
         Box.kept = None
-        torch.testing.assert_close(transform(outer)(X), expected)
+        assert_close(transform(outer)(X), expected)
     Box.kept = None
 
 
@@ -399,7 +399,7 @@ def test_a_suspended_generator_keeps_its_own():
         first, second = rows(x.view(2, 2)), rows(x.view(2, 2).t())
         return sum(a + b for a, b in zip(first, second, strict=True))
 
-    torch.testing.assert_close(vmap(total)(X), loop(total)(X))
+    assert_close(vmap(total)(X), loop(total)(X))
 
 
 def test_threads_do_not_lose_their_values():
@@ -412,7 +412,7 @@ def test_threads_do_not_lose_their_values():
             for i in range(30):
                 if i % 3 == 0:
                     vmap(functools.partial(keep_argument, box))(x)  # something to look for, while others are at work
-                torch.testing.assert_close(vmap(lambda r: vmap(lambda s: s * r)(r) @ r)(x), x * (x * x).sum(1, keepdim=True))
+                assert_close(vmap(lambda r: vmap(lambda s: s * r)(r) @ r)(x), x * (x * x).sum(1, keepdim=True))
         except Exception as error:
             errors.append(error)
 

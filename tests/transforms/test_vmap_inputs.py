@@ -13,7 +13,7 @@ import torch
 
 from torchbatch import tree, vmap
 from torchbatch.errors import AxisError, AxisSpecError, InputTypeError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 jax = pytest.importorskip("jax")
 RNG = np.random.default_rng(0)
@@ -332,10 +332,10 @@ def test_rule_04_a_module_passes_through():
     x = torch.tensor(X)
     for in_axes in (0, (None, 0), (0, 0)):
         found = vmap(lambda m, x: m(x), in_axes=in_axes)(module, x)
-        torch.testing.assert_close(found, loop(lambda m, x: m(x), in_axes=in_axes)(module, x))
-        torch.testing.assert_close(found, module(x))
+        assert_close(found, loop(lambda m, x: m(x), in_axes=in_axes)(module, x))
+        assert_close(found, module(x))
     found = vmap(lambda d, x: d["m"](x))({"m": module}, x)
-    torch.testing.assert_close(found, module(x))
+    assert_close(found, module(x))
 
 
 def test_rule_04_subclasses_of_tensor_can_be_mapped():
@@ -415,7 +415,7 @@ def test_rule_05_nodes_registered_with_pytorch_are_seen():
     for mapped in (vmap, loop):
         found = mapped(lambda ring: Ring([ring.items[0] * ring.items[1]]))(Ring([x, x]))
         assert type(found) is Ring
-        torch.testing.assert_close(found.items[0], x * x)
+        assert_close(found.items[0], x * x)
 
 
 # --- rule 6: what does not fit ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import torchbatch
 from torchbatch._torch.local import LocalTensor
 from torchbatch.errors import InPlaceError, UnsupportedOperationError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 OUTSIDE = torch.arange(4.0)
@@ -1367,8 +1367,8 @@ EAGER_ONLY = {
 def test_a_written_tensor_holds_what_the_loop_writes(name):
     results, x = run(vmap, name)
     expected, x_after = run(loop, name)
-    torch.testing.assert_close(results, expected, equal_nan=True)
-    torch.testing.assert_close(x, x_after)
+    assert_close(results, expected)
+    assert_close(x, x_after)
     assert all(type(leaf) is torch.Tensor for leaf in torchbatch.tree.leaves(results))
 
 
@@ -1379,8 +1379,8 @@ def test_the_traced_form_writes_the_same(name, monkeypatch, request):
     monkeypatch.setattr("torchbatch.transforms.vmap._is_compiling", lambda: True)
     results, x = run(vmap, name)
     expected, x_after = run(loop, name)
-    torch.testing.assert_close(results, expected, equal_nan=True)
-    torch.testing.assert_close(x, x_after)
+    assert_close(results, expected)
+    assert_close(x, x_after)
 
 
 # --- what differs from the loop, or cannot be done --------------------------------------------------------------------
@@ -1585,8 +1585,8 @@ def test_a_mapped_argument_written_in_place_is_the_callers():
         return tree["a"] + 0
 
     ours, theirs = [(X.clone(), {"a": X.t().clone()}) for _ in range(2)]
-    torch.testing.assert_close(vmap(write, (0, 1))(*ours), loop(write, (0, 1))(*theirs))
-    torch.testing.assert_close(ours, theirs)
+    assert_close(vmap(write, (0, 1))(*ours), loop(write, (0, 1))(*theirs))
+    assert_close(ours, theirs)
     assert not torch.equal(ours[0], X)
 
 
@@ -1596,7 +1596,7 @@ def test_a_constant_written_into_an_unmapped_argument_stays():
         return x * y
 
     ours, theirs = torch.ones(4), torch.ones(4)
-    torch.testing.assert_close(vmap(write, (0, None))(X, ours), loop(write, (0, None))(X, theirs))
+    assert_close(vmap(write, (0, None))(X, ours), loop(write, (0, None))(X, theirs))
     assert torch.equal(ours, theirs)
 
 
@@ -1683,7 +1683,7 @@ def test_a_module_can_be_made_and_initialised_inside():
         return linear(x)
 
     expected = torch.stack([x @ x + torch.ones(2) for x in X])
-    torch.testing.assert_close(vmap(layer, randomness="different")(X), expected)
+    assert_close(vmap(layer, randomness="different")(X), expected)
 
 
 def test_gradients_of_the_caller_flow_through_written_tensors():
@@ -1701,7 +1701,7 @@ def test_gradients_of_the_caller_flow_through_written_tensors():
     for lib, x in ((vmap, ours), (loop, theirs)):
         room, view = lib(write)(x)
         ((room * weights).sum() + view.sum()).backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert_close(ours.grad, theirs.grad)
 
 
 def test_a_leaf_made_inside_stays_one():
@@ -1715,7 +1715,7 @@ def test_a_leaf_made_inside_stays_one():
         return leaf * x
 
     assert vmap(write)(X).requires_grad
-    torch.testing.assert_close(vmap(write)(X).detach(), loop(write)(X).detach())
+    assert_close(vmap(write)(X).detach(), loop(write)(X).detach())
 
 
 def test_drawing_in_place_gives_each_sample_its_own():
@@ -1744,5 +1744,5 @@ def test_views_that_are_gone_are_forgotten():
         room += x
         return view
 
-    torch.testing.assert_close(vmap(read)(X), X[:, 1:])
+    assert_close(vmap(read)(X), X[:, 1:])
     assert not isinstance(rooms[0], LocalTensor)

@@ -16,7 +16,7 @@ from torchbatch import vmap
 from torchbatch._torch import levels
 from torchbatch.core.frames import in_scope
 from torchbatch.errors import AxisError, AxisSpecError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 from torchbatch.transforms import grad as ours
 from torchbatch.transforms import jacobian
 from torchbatch.transforms.checkpoint import checkpoint as own_checkpoint
@@ -96,10 +96,10 @@ def test_rule_10_empty_batches_nest(agree, sizes):
 
 def test_rule_10_maps_can_be_mapped_by_the_other_library():
     for mapped in (vmap, loop):
-        torch.testing.assert_close(torch.func.vmap(vmap(double))(tx()), tx() * 2)
-        torch.testing.assert_close(mapped(torch.func.vmap(double))(tx()), tx() * 2)
-        torch.testing.assert_close(mapped(lambda x: torch.func.vmap(lambda y: x * y)(x))(tx()), tx()[:, None] * tx()[..., None])
-        torch.testing.assert_close(torch.func.vmap(lambda x: vmap(lambda y: x * y)(x))(tx()), tx()[:, None] * tx()[..., None])
+        assert_close(torch.func.vmap(vmap(double))(tx()), tx() * 2)
+        assert_close(mapped(torch.func.vmap(double))(tx()), tx() * 2)
+        assert_close(mapped(lambda x: torch.func.vmap(lambda y: x * y)(x))(tx()), tx()[:, None] * tx()[..., None])
+        assert_close(torch.func.vmap(lambda x: vmap(lambda y: x * y)(x))(tx()), tx()[:, None] * tx()[..., None])
 
 
 # --- rule 10: gradients ----------------------------------------------------------------------------------------------
@@ -163,10 +163,10 @@ def test_rule_10_nests_with_torch_func(name):
         found, per_sample = (found,), [(one,) for one in per_sample]
     columns = zip(*[_flat(one) for one in per_sample], strict=True)
     for a, b in zip(_flat(found), [torch.stack(column) for column in columns], strict=True):
-        torch.testing.assert_close(a, b)
+        assert_close(a, b)
     outside = transform(lambda x: vmap(cube)(x).sum())(x)
     for a, b in zip(_flat(outside), _flat(transform(lambda x: torch.stack([cube(r) for r in x]).sum())(x)), strict=True):
-        torch.testing.assert_close(a, b)
+        assert_close(a, b)
 
 
 def _flat(value):
@@ -181,14 +181,14 @@ def test_rule_10_nests_with_the_gradient_family(name):
     if name == "linearize":
         transform = lambda f: lambda x: ours.linearize(f, x)[1](x)  # noqa: E731
     for a, b in zip(_flat(vmap(transform(cube))(tx())), _flat(loop(transform(cube))(tx())), strict=True):
-        torch.testing.assert_close(a, b)
+        assert_close(a, b)
 
 
 def test_rule_10_autograd_goes_through():
     for mapped in (vmap, loop):
         x = tx().requires_grad_()
         mapped(mapped(lambda v: v**3))(x).sum().backward()
-        torch.testing.assert_close(x.grad, 3 * x.detach() ** 2)
+        assert_close(x.grad, 3 * x.detach() ** 2)
 
 
 def test_rule_10_autograd_grad_works_inside():
@@ -197,7 +197,7 @@ def test_rule_10_autograd_grad_works_inside():
             y = x.detach() * 2
         return y.sum()
 
-    torch.testing.assert_close(vmap(per_sample)(tx()), loop(per_sample)(tx()))
+    assert_close(vmap(per_sample)(tx()), loop(per_sample)(tx()))
 
 
 def test_rule_10_no_grad_inside_and_outside():
@@ -224,7 +224,7 @@ def test_rule_10_functional_call_of_modules():
     found = vmap(ours.grad(loss), in_axes=(None, 0))(weights, tx())
     expected = loop(ours.grad(loss), in_axes=(None, 0))(weights, tx())
     for name in weights:
-        torch.testing.assert_close(found[name], expected[name])
+        assert_close(found[name], expected[name])
 
 
 # --- rule 10: the compiler, tracers, checkpoint, autocast ------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_rule_10_compile_around_vmap(name, compiled):
     args = [tx(array) for array in arrays]
     expected, found = fun(*args), compiled(fun)(*args)
     for a, b in zip(_leaves(found), _leaves(expected), strict=True):
-        torch.testing.assert_close(a, b)
+        assert_close(a, b)
 
 
 def _leaves(value):
@@ -270,26 +270,26 @@ def _leaves(value):
 
 
 def test_rule_10_compile_of_the_mapped_function_itself(compiled):
-    torch.testing.assert_close(compiled(vmap(double))(tx()), tx() * 2)
+    assert_close(compiled(vmap(double))(tx()), tx() * 2)
 
 
 def test_rule_10_a_compiled_function_inside_is_unwrapped(compiled):
     inner = compiled(lambda x: torch.sin(x) * 2)
-    torch.testing.assert_close(vmap(inner)(tx()), torch.sin(tx()) * 2)
-    torch.testing.assert_close(vmap(vmap(inner))(tx()), torch.sin(tx()) * 2)
-    torch.testing.assert_close(compiled(lambda x: vmap(inner)(x))(tx()), torch.sin(tx()) * 2)
+    assert_close(vmap(inner)(tx()), torch.sin(tx()) * 2)
+    assert_close(vmap(vmap(inner))(tx()), torch.sin(tx()) * 2)
+    assert_close(compiled(lambda x: vmap(inner)(x))(tx()), torch.sin(tx()) * 2)
 
 
 def test_rule_10_a_compiled_module_inside_is_unwrapped(compiled):
     module = torch.nn.Linear(4, 2)
-    torch.testing.assert_close(vmap(compiled(module))(tx()), module(tx()))
+    assert_close(vmap(compiled(module))(tx()), module(tx()))
 
 
 def test_rule_10_make_fx_over_vmap():
     graph = make_fx(lambda x: vmap(lambda x: torch.sin(x) * x.sum(), out_axes=1)(x))(tx())
-    torch.testing.assert_close(graph(tx() + 1), loop(lambda x: torch.sin(x) * x.sum(), out_axes=1)(tx() + 1))
+    assert_close(graph(tx() + 1), loop(lambda x: torch.sin(x) * x.sum(), out_axes=1)(tx() + 1))
     graph = make_fx(vmap(vmap(double)))(tx())
-    torch.testing.assert_close(graph(tx() + 1), 2 * (tx() + 1))
+    assert_close(graph(tx() + 1), 2 * (tx() + 1))
 
 
 def test_rule_10_export_over_vmap():
@@ -298,7 +298,7 @@ def test_rule_10_export_over_vmap():
             return vmap(lambda x: torch.sin(x) * x.sum(), in_axes=1)(x)
 
     exported = torch.export.export(Model(), (tx(),)).module()
-    torch.testing.assert_close(exported(tx() + 1), loop(lambda x: torch.sin(x) * x.sum(), in_axes=1)(tx() + 1))
+    assert_close(exported(tx() + 1), loop(lambda x: torch.sin(x) * x.sum(), in_axes=1)(tx() + 1))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -307,7 +307,7 @@ def test_rule_10_checkpoint_around_vmap(reentrant):
     checkpoint(vmap(lambda x: torch.sin(x) * x.sum()), x, use_reentrant=reentrant).sum().backward()
     expected = tx().requires_grad_()
     loop(lambda x: torch.sin(x) * x.sum())(expected).sum().backward()
-    torch.testing.assert_close(x.grad, expected.grad)
+    assert_close(x.grad, expected.grad)
 
 
 def test_rule_10_checkpoint_inside_vmap():
@@ -317,9 +317,9 @@ def test_rule_10_checkpoint_inside_vmap():
     x, expected = tx().requires_grad_(), tx().requires_grad_()
     vmap(own_checkpoint(body))(x).sum().backward()
     loop(body)(expected).sum().backward()
-    torch.testing.assert_close(x.grad, expected.grad)
+    assert_close(x.grad, expected.grad)
     found = vmap(ours.grad(lambda x: own_checkpoint(body)(x).sum()))(tx())
-    torch.testing.assert_close(found, loop(ours.grad(lambda x: body(x).sum()))(tx()))
+    assert_close(found, loop(ours.grad(lambda x: body(x).sum()))(tx()))
 
 
 @pytest.mark.parametrize("place", ["around", "inside"])
@@ -342,7 +342,7 @@ def test_rule_10_autocast_has_the_dtypes_of_the_loop(place):
                 results.append(mapped(body)(tx()))
     for a, b in zip(*results, strict=True):
         assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+        assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
 # --- rule 10: threads and exceptions ---------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 
 from torchbatch import tree, vmap
 from torchbatch.errors import AxisError, AxisSpecError, OutputTypeError, UnmappedOutputError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 jax = pytest.importorskip("jax")
 RNG = np.random.default_rng(0)
@@ -293,7 +293,7 @@ def test_rule_09_sum_match_in_chunks(chunk_size):
     found = vmap(lambda x, y: (x * 2, y * 2, x), **options)(X, torch.tensor(ROW))
     expected = loop(lambda x, y: (x * 2, y * 2, x), **options)(X, torch.tensor(ROW))
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        assert_close(a, b)
 
 
 def test_rule_09_sum_match_counts_as_a_truth_value():

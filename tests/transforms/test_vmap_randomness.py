@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import torchbatch
 from torchbatch import vmap
 from torchbatch.errors import RandomnessError, UnsupportedOperationError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 X = torch.rand(7, 4, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
 LAYOUTS = {"rows": (X, 0), "columns": (X.t().contiguous(), 1), "transposed": (X.t().contiguous().t(), 0)}
@@ -126,7 +126,7 @@ def test_same_is_what_the_loop_draws_for_every_sample(name):
     fun = OF_SHAPE[name]
     ours, state = drawn(vmap(fun, randomness="same"), X)
     loops, _ = drawn(loop(fun, randomness="same"), X)
-    torch.testing.assert_close(ours, loops)
+    assert_close(ours, loops)
     for size in (1, 3):
         assert_same_draws(drawn(vmap(fun, randomness="same", chunk_size=size), X), (ours, state))
 
@@ -155,7 +155,7 @@ def test_a_draw_has_to_be_allowed(name):
 def test_what_does_not_draw_needs_no_permission_and_leaves_the_generator(fun):
     for options in ({}, {"randomness": "different"}, {"randomness": "same"}, {"randomness": "different", "chunk_size": 3}):
         before = torch.get_rng_state()
-        torch.testing.assert_close(vmap(fun, **options)(X), loop(fun)(X))
+        assert_close(vmap(fun, **options)(X), loop(fun)(X))
         assert torch.equal(before, torch.get_rng_state())
 
 
@@ -231,7 +231,7 @@ def test_chunks_give_what_the_whole_gives(name, size):
         "unmapped": lambda **o: vmap(lambda x, y: (x * y, y), (0, None), (1, None), **o)(X, y),
         "nested": lambda **o: vmap(vmap(lambda s: s * 2, chunk_size=3), **o)(X),
     }
-    torch.testing.assert_close(calls[name](chunk_size=size), calls[name]())
+    assert_close(calls[name](chunk_size=size), calls[name]())
 
 
 def test_known_gaps_of_pytorch():

@@ -16,7 +16,7 @@ from torchbatch import vmap
 from torchbatch._torch import levels, overlay
 from torchbatch.core.frames import in_scope
 from torchbatch.errors import DataDependentError, InPlaceError, RandomnessError
-from torchbatch.testing import loop
+from torchbatch.testing import assert_close, loop
 
 X = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0))
 BATCHED = torch._C._parse_dispatch_key("FuncTorchDynamicLayerFrontMode")
@@ -104,7 +104,7 @@ def test_an_exception_that_is_caught_inside():
             vmap(lambda s, t: t.add_(s), (0, None))(x, torch.zeros(()))
         return vmap(torch.sin)(x) + shared
 
-    torch.testing.assert_close(vmap(vmap(outer))(X), X.sin())
+    assert_close(vmap(vmap(outer))(X), X.sin())
 
 
 def test_errors_in_the_arguments_and_the_output():
@@ -152,7 +152,7 @@ def test_a_generator_that_is_closed_or_thrown_into():
         it.close()
         return first
 
-    torch.testing.assert_close(vmap(fun)(X[:, :, :1]), loop(fun)(X[:, :, :1]))
+    assert_close(vmap(fun)(X[:, :, :1]), loop(fun)(X[:, :, :1]))
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_eight_threads_call_nested_maps_at_once():
 
     def work(k):
         for _ in range(8):
-            torch.testing.assert_close(program(inputs[k], float(k)), expected[k])
+            assert_close(program(inputs[k], float(k)), expected[k])
 
     run_in_threads(8, work)
 
@@ -213,7 +213,7 @@ def test_threads_whose_functions_raise_do_not_disturb_the_others():
                 with pytest.raises(KeyError, match="on the way"):
                     nested(3, (1, 2, 3, -1)[i % 4], KeyError, lambda f, _: vmap(f))(X)
             else:
-                torch.testing.assert_close(nested(3, 99, KeyError, lambda f, _: vmap(f))(X), X.sin() + 4)
+                assert_close(nested(3, 99, KeyError, lambda f, _: vmap(f))(X), X.sin() + 4)
 
     def unraised(x):
         return x
@@ -228,7 +228,7 @@ def test_one_mapped_function_shared_by_threads():
     def work(k):
         x, y = X + k, X[0] - k
         for _ in range(10):
-            torch.testing.assert_close(mapped(x, y), x * y + x)
+            assert_close(mapped(x, y), x * y + x)
 
     run_in_threads(8, work)
 
