@@ -3,8 +3,9 @@
     python benchmarks/per_example_gradients.py [--device cuda] [--quick] [--repeats N] [--only TEXT] [--json FILE]
 
 Contenders: Opacus (hooks, functorch mode, ghost clipping), BackPACK, torch.func, torch.compile of it, and JAX. All give the same
-numbers before they are timed. Memory is the system's, asked for and given back as in any program. What a contender has no form of its own for is computed from its per-example gradients. On the CPU,
-then the memory: in a fresh process for each contender, by how much the peak of the resident memory grows in one call.
+numbers before they are timed. Memory is the system's, asked for and given back as in any program. What a contender has no form
+of its own for is computed from its per-example gradients. On the CPU, then the memory: in a fresh process for each contender, by
+how much the peak of the resident memory grows in one call.
 """
 
 from __future__ import annotations

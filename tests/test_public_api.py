@@ -93,7 +93,7 @@ def test_errors_are_documented_and_built_in(cls):
     assert inspect.getdoc(cls)
     assert cls.__module__ == "torchbatch.errors"
     if issubclass(cls, errors.TorchbatchError) and cls is not errors.TorchbatchError:
-        assert issubclass(cls, ValueError | TypeError | RuntimeError)
+        assert issubclass(cls, ValueError | TypeError | RuntimeError | AssertionError)
         assert cls.__name__ in (errors.__doc__ or "")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from torchbatch import random, vmap
+from torchbatch.testing import assert_close
 
 PRINTED = [
     -1.3889999, -20.13941, -15.254608, 12.268584, -11.33385, 22.630579, 0.6938019, -13.827613, 11.879179, -3.9626598,
@@ -26,5 +27,5 @@ def test_the_notebook():
     def layer(x):
         return torch.mv(weights, x)
 
-    torch.testing.assert_close(layer(batch_x[0])[: len(PRINTED)], torch.tensor(PRINTED), rtol=2e-6, atol=4e-6)
-    torch.testing.assert_close(vmap(layer)(batch_x)[0], layer(batch_x[0]), rtol=1e-5, atol=1e-5)
+    assert_close(layer(batch_x[0])[: len(PRINTED)], torch.tensor(PRINTED), rtol=2e-6, atol=4e-6)
+    assert_close(vmap(layer)(batch_x)[0], layer(batch_x[0]), rtol=1e-5, atol=1e-5)

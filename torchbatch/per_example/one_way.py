@@ -15,7 +15,8 @@ class OneWay(TorchFunctionMode):
     """While it is active, it notes what changes backward passes only.
 
     That are ``no_grad``, hooks (those of modules, and functions with a backward of their own, run without grad mode), questions
-    whether there will be a backward pass, on whose answer a hook may depend, and embeddings with rows that are not trained, or trained more slowly.
+    whether there will be a backward pass, on whose answer a hook may depend, and embeddings with rows that are not trained, or
+    trained more slowly.
 
     Args:
         roots: modules, whose hooks for backward passes are looked for, and other things.
@@ -32,7 +33,8 @@ class OneWay(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self._found = self._found or func in _HOOKS or func in _QUESTIONS or not torch.is_grad_enabled() or _leaves_rows_out(func, args, kwargs)
+        is_of_backward = func in _HOOKS or func in _QUESTIONS or not torch.is_grad_enabled()
+        self._found = self._found or is_of_backward or _leaves_rows_out(func, args, kwargs)
         return func(*args, **kwargs)
 
 

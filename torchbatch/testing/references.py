@@ -1,0 +1,226 @@
+"""What a function should give: itself in float64, or with fifty digits; and how much it computes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+import torchbatch
+from torchbatch import tree
+from torchbatch.errors import AxisSpecError
+from torchbatch.testing.frameworks import Fun, framework, wide
+from torchbatch.testing.intermediates import of_jax
+from torchbatch.testing.multiprecision import run_exactly
+from torchbatch.testing.tolerance import Work
+from torchbatch.testing.transformed import Options, transformed
+
+REFERENCES = ("float64", "mpmath")
+_WIDE = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64),
+    **dict.fromkeys((torch.complex32, torch.complex64), torch.complex128),
+}
+_CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16)
+_RANDOM = frozenset(
+    "rand randn randint randperm rand_like randn_like randint_like normal normal_ uniform_ bernoulli bernoulli_ multinomial "
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu poisson exponential_ geometric_ "
+    "log_normal_ cauchy_ random_ gumbel_softmax".split()
+)
+
+
+class NoReferenceError(Exception):
+    """There is no reference, for this reason."""
+
+
+def in_float64(name: str, fun: Fun, names: Sequence[str], options: Options, tensors: Any) -> Any:
+    """What a version gives in float64: its inputs are widened, and in PyTorch everything that it makes of other tensors too.
+
+    Args:
+        name: the version's framework.
+        fun: the function.
+        names, options: the transforms.
+        tensors: the arguments.
+
+    Raises:
+        NoReferenceError: it draws random numbers, which are others in float64; or it fails.
+    """
+    way = framework(name, (), x64=True)
+    upcast = _upcast(fun) if name == "torch" else fun
+    names = [transform for transform in names if transform != "jit"]
+    try:
+        with way.context(), _default_float64(name):
+            return transformed(way, upcast, names, options)(*way.arrays(wide(tensors)))
+    except NoReferenceError:
+        raise
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        text = (str(error).strip().splitlines() or [""])[0]
+        raise NoReferenceError(f"in float64 it raises {type(error).__name__}: {text}") from error
+
+
+def with_digits(fun: Fun, names: Sequence[str], options: Options, tensors: Any, digits: int = 50) -> Any:
+    """What a PyTorch function gives, computed with fifty digits: its graph, operation by operation, in mpmath.
+
+    Raises:
+        ImportError: mpmath is not installed.
+        UnsupportedOperationError: the function has an operation that is not known with so many digits.
+    """
+    way = framework("torch")
+    names = [transform for transform in names if transform != "jit"]
+    args = way.arrays(tensors)
+    graph, shapes = torchbatch.make_graph(transformed(way, fun, names, options), return_shape=True)(*args)
+    leaves = [torch.as_tensor(leaf) for leaf in tree.leaves(args)]
+    found = run_exactly(graph.module, [*leaves, *graph.captured], digits)
+    return tree.unflatten(tree.structure(shapes), found[: len(graph.outputs)])
+
+
+def parse_reference(reference: Any) -> Any:
+    """``"float64"``, ``"mpmath"``, None, or a pair of a framework and a function.
+
+    Raises:
+        AxisSpecError: it is none of them.
+    """
+    if reference is None or (isinstance(reference, str) and reference in REFERENCES):
+        return reference
+    if callable(reference):
+        return ("numpy", reference)
+    if isinstance(reference, tuple) and len(reference) == 2 and callable(reference[1]):
+        return reference
+    raise AxisSpecError(
+        "check_equivalent: reference must be 'float64', 'mpmath', None, a function of NumPy arrays, or a pair such as "
+        f"('jax', fun), but it is {reference!r}."
+    )
+
+
+# --- float64 in PyTorch ----------------------------------------------------------------------------------------------
+
+
+class _Float64(TorchFunctionMode):
+    """Do everything in float64: widen what comes from outside, such as parameters, and every dtype that is asked for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _RANDOM and not _idle(name, args, kwargs or {}):
+            raise NoReferenceError(f"it draws random numbers ({name}), which are others in float64")
+        if func in _CASTS:
+            func = torch.Tensor.double
+        written = args[:1] if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) else ()
+        rest = tree.map(_widened, tuple(args[len(written) :]))
+        return func(*written, *rest, **tree.map(_widened, kwargs or {}))
+
+
+def _idle(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a dropout does nothing."""
+    if "dropout" not in name:
+        return False
+    training = kwargs.get("training", args[2] if len(args) > 2 else True)
+    return not training or kwargs.get("p", args[1] if len(args) > 1 else 0.5) == 0
+
+
+def _widened(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.to(_WIDE[leaf.dtype]) if leaf.dtype in _WIDE else leaf
+    return _WIDE.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
+
+
+def _upcast(fun: Fun) -> Fun:
+    def upcast(*args: Any) -> Any:
+        with _Float64():
+            return fun(*args)
+
+    return upcast
+
+
+@contextlib.contextmanager
+def _default_float64(name: str) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    if name == "torch":
+        torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+# --- how much is computed --------------------------------------------------------------------------------------------
+
+_PRODUCTS = frozenset(
+    "matmul mm bmm mv dot linear addmm baddbmm einsum bilinear tensordot inner vdot chain_matmul multi_head_attention_forward "
+    "scaled_dot_product_attention conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d __matmul__ "
+    "__rmatmul__ dot_general conv_general_dilated".split()
+)
+
+
+class Counter(TorchFunctionMode):
+    """Count the operations of a PyTorch function, and measure its longest sum.
+
+    Attributes:
+        operations: how many there were.
+        longest: the longest sum.
+        largest: the size of the largest result.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.longest, self.largest = 0, 1, 1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if isinstance(result, torch.Tensor) and name != "__get__":
+            given = [leaf.numel() for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            self.add(name, given, result.numel())
+        return result
+
+    def add(self, name: str, given: Sequence[int], size: int) -> None:
+        """One operation on arrays of the given sizes."""
+        self.operations += 1
+        self.largest = max(self.largest, size)
+        self.longest = max(self.longest, longest_sum(name, given, size))
+
+    def watch(self, fun: Fun) -> Fun:
+        """The function, counted."""
+
+        def counted(*args: Any) -> Any:
+            with self:
+                return fun(*args)
+
+        return counted
+
+
+def longest_sum(name: str, given: Sequence[int], size: int) -> int:
+    """The length of the sums of an operation, by the sizes of what it takes and gives: of a product ``sqrt(mk * kn / mn)``."""
+    size = max(size, 1)
+    if name in _PRODUCTS and len(given) > 1:
+        return max(1, round(math.sqrt(given[0] * given[1] / size)))
+    return max(1, max(given, default=1) // size)
+
+
+def count_jax(fun: Fun, args: Any) -> Counter:
+    """What a JAX function computes, by its jaxpr."""
+    counter = Counter()
+    steps = of_jax(fun, args).steps
+    for step in steps:
+        if step.kind == "operation":
+            counter.add(step.operation, [steps[place].values.numbers.size for place in step.inputs], step.values.numbers.size)
+    return counter
+
+
+def work_of(counters: Sequence[Counter], names: Sequence[str], tensors: Any) -> Work:
+    """How much a version computes under transforms, by what was counted of the function itself.
+
+    A derivative is three times as many operations, and may sum over all that an argument was spread over.
+    """
+    known = [counter for counter in counters if counter.operations]
+    if not known:
+        return Work()
+    operations = max(counter.operations for counter in known)
+    longest = max(counter.longest for counter in known)
+    derived = sum(name not in ("vmap", "jit") for name in names)
+    if derived:
+        sizes = [leaf.numel() for leaf in tree.leaves(tensors) if isinstance(leaf, torch.Tensor) and leaf.numel()]
+        longest = max(longest, max(counter.largest for counter in known) // min(sizes, default=1))
+    return Work(max(16, operations * 3**derived), max(64, longest))
