@@ -239,6 +239,41 @@ def test_two_versions_in_pytorch():
     assert "6 of 6 differ" in found.difference.message
 
 
+CHAIN = [
+    lambda x: x @ W,
+    lambda x: x.tanh(),
+    lambda x: x.T.reshape(6, 4) * 2,
+    lambda x: x - x.mean(0),
+    lambda x: x.softmax(-1),
+    lambda x: F.layer_norm(x, (4,)),
+    lambda x: torch.cat([x, x.exp()], 1),
+    lambda x: x.cumsum(0),
+]
+
+
+@pytest.mark.parametrize("place", range(len(CHAIN)))
+@pytest.mark.parametrize("seed", range(3))
+def test_each_step_of_a_chain(place, seed):
+    """Whichever step is changed, everything before it is agreed upon, and nothing after it."""
+
+    def run(x, steps):
+        for step in steps:
+            x = step(x)
+        return x
+
+    def changed(x):
+        y = CHAIN[place](x)
+        return y + y**2 * 0.1  # changed
+
+    x = normal(4, 6, seed=10 + seed)
+    steps = [*CHAIN[:place], changed, *CHAIN[place + 1 :]]
+    found = first_divergence(lambda x: run(x, CHAIN), lambda x: run(x, steps), x)
+    before = of_torch(lambda x: run(x, CHAIN[: place + 1]), (x,)).steps
+    if place < len(CHAIN) - 1:
+        assert found.agreed == sum(step.kind == "operation" and bool(step.inputs) for step in before)
+    assert "# changed" in found.second.line.text
+
+
 def test_algebra_does_not_matter():
     def before(q, k):
         return (q / 3 @ k.T).exp()
@@ -260,8 +295,8 @@ def test_transforms_are_looked_through():
 
     found = first_divergence(torchbatch.vmap(model), torchbatch.vmap(other), X)
     assert found.agreed == 1 and found.first.operation == "aten.mul" and "x.tanh() * 2" in found.first.line.text
-    found = first_divergence(torchbatch.grad(model), torchbatch.grad(other), X)
-    assert found is not None
+    found = first_divergence(torchbatch.grad(model), torchbatch.grad(lambda x: model(x) + (x * 2).sum()), X)
+    assert found.first.line is None  # a backward pass has no lines
 
 
 def test_modules():

@@ -339,6 +339,7 @@ def test_inputs_of_any_framework():
 def test_integers_of_64_bits_are_those_of_32_in_jax(x64, dtype):
     versions = {"torch": lambda x: x.argmax(-1), "jax": lambda x: x.argmax(-1)}
     assert check(versions, X, x64=x64).passed
+    assert check(versions, X, x64=x64, against="jax").passed
 
 
 @needs_jax
@@ -347,6 +348,7 @@ def test_jax_has_64_bits_if_an_argument_has_them():
     versions = {"torch": lambda x: x * 2, "jax": lambda x: [seen.append(x.dtype), x * 2][1]}
     report = check(versions, X.double(), transforms=["value"])
     assert report.passed and str(seen[0]) == "float64" and "JAX runs with 64-bit numbers" in report.notes[0]
+    assert report.precision.jax.enable_x64
     report = check(versions, torch.tensor([2**40]), transforms=["value"])
     assert report.passed and str(seen[-1]) == "int64"
     report = check(versions, X.double(), transforms=["value"], x64=False)
@@ -393,6 +395,8 @@ def test_random_numbers_of_the_process_are_left_alone():
 
 
 def test_errors():
+    with pytest.raises(AxisSpecError, match="takes a dict of functions by name first, but it got <function"):
+        check(energy, X, W)
     with pytest.raises(AxisSpecError, match="the version 'mine' must begin with the name of its framework"):
         check({"mine": energy, "torch": energy}, X, W)
     with pytest.raises(AxisSpecError, match="asks for jit, which NumPy does not have"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchbatch.testing.compare import Rules, compare
+from torchbatch.testing.compare import compare
 from torchbatch.testing.equivalent import check_equivalent
 from torchbatch.testing.noise import changes, forgiven, nudged
 
@@ -22,18 +22,35 @@ def test_every_number_moves_by_a_place_or_two(dtype):
 
 
 def test_changes():
-    value = {"a": torch.tensor([1.0, torch.inf]), "b": np.float32(2), "c": torch.tensor(3), "d": "text"}
-    other = {"a": torch.tensor([1.5, torch.inf]), "b": np.float32(1), "c": torch.tensor(9), "d": "text"}
-    assert changes(value, [value, other]) == [0.5, 1.0, 0.0, 0.0]
-    assert changes(value, [None, {"a": 1}]) == [0.0] * 4
+    value = {"a": torch.tensor([1.0, torch.inf, 0.0, 0.0]), "b": np.float32(2), "c": torch.tensor(3), "d": "text"}
+    other = {"a": torch.tensor([1.5, torch.inf, 0.0, 0.0]), "b": np.float32(1), "c": torch.tensor(9), "d": "text"}
+    a, b, c, d = changes(value, value, [value, other])
+    assert a.tolist() == [0.5, 0.125, 0.125, 0.125] and b.tolist() == 1.0 and c is None and d is None
+    assert changes(value, None, [value]) == [None] * 4
+    assert changes(value, other, [value])[0] is None
 
 
 def test_only_what_the_change_explains_is_forgiven():
-    expected = (torch.zeros(2), torch.zeros(2))
-    got = (torch.tensor([0.0, 0.5]), torch.tensor([0.0, 0.5]))
-    leaves = forgiven(compare(got, expected), got, expected, None, Rules(), [0.1, 0.01])
-    assert [leaf.passed for leaf in leaves] == [True, False]
+    expected = (torch.tensor([0.0, 1000.0]),) * 4
+    got = tuple(torch.tensor([apart, 1000.0]) for apart in (0.5, 0.5, 5.0, 0.5))
+    known = [(np.full(2, size), np.zeros(2)) for size in (0.1, 0.01, 10.0)]
+    leaves = forgiven(compare(got, expected), got, expected, [*known, (None, np.ones(2))])
+    assert [leaf.passed for leaf in leaves] == [True, False, False, False]
     assert "inputs that differ in the last place change it by 0.1" in leaves[0].tolerance.why
+
+
+def test_steps_are_no_noise():
+    x = torch.tensor([0.5, 1.5, 2.5, 3.7, 100.2, 7.0])
+    versions = {"torch": torch.round, "torch up": lambda x: (x + 0.5).floor()}
+    assert [check.what for check in check_equivalent(versions, x, raise_on_failure=False).failures] == ["values"]
+    versions = {"torch": lambda x: (x >= 7) * x, "torch b": lambda x: (x > 7) * x}
+    assert not check_equivalent(versions, x, raise_on_failure=False).passed
+
+
+def test_random_numbers_are_no_noise():
+    generator = np.random.default_rng(0)
+    versions = {"numpy": lambda x: x + generator.random() * 1e-4, "torch": lambda x: x + 5e-5}
+    assert not check_equivalent(versions, torch.ones(3), transforms=["value"], dtypes=False, raise_on_failure=False).passed
 
 
 def test_an_ill_conditioned_function_raises_no_alarm():

@@ -305,8 +305,8 @@ def noisy(x):
 
 @pytest.mark.parametrize("randomness", ["different", "same"])
 def test_a_function_that_draws_is_checked_for_who_shares(randomness):
-    report = check_vmap(noisy, X, backends=("eager", "chunked", "traced"), randomness=randomness)
-    assert {check.what for check in report.checks} == {"values", "randomness"} and len(report.checks) == 8
+    report = check_vmap(noisy, X, backends=("eager", "chunked", "traced", "nested"), randomness=randomness)
+    assert {check.what for check in report.checks} == {"values", "randomness"} and len(report.checks) == 10
     batched = noisy if randomness == "different" else lambda x: x + torch.rand(5, 3)
     report = failed(noisy, X, batched=batched, backends=(), randomness=randomness)
     assert [check.problem for check in report.failures] == ["randomness"]

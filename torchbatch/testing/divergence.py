@@ -124,7 +124,7 @@ def first_divergence(
 
     Example:
         >>> import torch
-        >>> from torchbatch.testing.divergence import first_divergence
+        >>> from torchbatch.testing import first_divergence
         >>> def spread(x, correction):
         ...     centred = x - x.mean()
         ...     return (centred**2).sum() / (len(x) - correction)

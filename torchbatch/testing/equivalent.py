@@ -16,6 +16,7 @@ from torchbatch.errors import AxisSpecError, GradientTypeError, GradientValueErr
 from torchbatch.testing.compare import LeafDifference, Rules, compare
 from torchbatch.testing.divergence import Version, parting
 from torchbatch.testing.frameworks import (
+    Fun,
     MissingTransformError,
     as_tensors,
     framework,
@@ -23,7 +24,7 @@ from torchbatch.testing.frameworks import (
     parse,
 )
 from torchbatch.testing.noise import changes, forgiven, nudged
-from torchbatch.testing.precision import precision_policy
+from torchbatch.testing.precision import PrecisionPolicy, precision_policy
 from torchbatch.testing.references import (
     Counter,
     NoReferenceError,
@@ -109,7 +110,7 @@ def check_equivalent(
 
     Example:
         >>> import numpy as np, torch
-        >>> from torchbatch.testing.equivalent import check_equivalent
+        >>> from torchbatch.testing import check_equivalent
         >>> def in_torch(x, w):
         ...     return torch.softmax(x @ w, -1)
         >>> def in_numpy(x, w):
@@ -124,6 +125,8 @@ def check_equivalent(
         numpy  values  as given  passed   equal
         numpy  vjp     as given  skipped  NumPy has no vjp
     """
+    if not isinstance(versions, Mapping):
+        raise AxisSpecError(f"check_equivalent takes a dict of functions by name first, but it got {versions!r}.")
     tensors = as_tensors(args)
     wide = has_wide(tensors) if x64 is None else x64
     known = [_version(name, given, wide, backend) for name, given in versions.items()]
@@ -138,10 +141,18 @@ def check_equivalent(
         checks = tuple(check for transform in wanted for check in session.checks(transform))
         notes = (*session.notes, *_divergences(session, checks, backend))
     title = f"check_equivalent({', '.join(versions)})"
-    policy = precision_policy(sorted({version.framework.name for version in known}))
+    policy = _policy(known)
     arguments = _arguments(session, wanted)
     report = Report(title, checks, tuple(map(_line, arguments)), notes, policy, arguments=arguments)
     return report.raise_if_failed() if raise_on_failure else report
+
+
+def _policy(known: Sequence[Version]) -> PrecisionPolicy:
+    """The settings of the frameworks, as they are while versions run."""
+    with contextlib.ExitStack() as stack:
+        for version in known:
+            stack.enter_context(version.framework.context())
+        return precision_policy(sorted({version.framework.name for version in known}))
 
 
 # --- versions --------------------------------------------------------------------------------------------------------
@@ -217,6 +228,8 @@ class _Session:
         self._reference, self._rules, self._writes, self._x64 = reference, rules, writes, x64
         self.notes: list[str] = []
         self._written: set[str] = set()
+        self._calls: dict[tuple[str, tuple[str, ...]], Fun] = {}
+        self._counters: dict[tuple[str, tuple[str, ...]], Counter] = {}
         self.done: list[tuple[str, ...]] = []
         self.tolerance = rules.tolerance
         if x64 and any(version.framework.name == "jax" for version in versions):
@@ -225,10 +238,9 @@ class _Session:
     def checks(self, names: tuple[str, ...]) -> Iterator[Check]:
         """The checks of one transform."""
         self.done.append(names)
-        counters: list[Counter] = []
-        outcomes = {version.name: self._run(version, names, counters) for version in self.versions}
+        outcomes = {version.name: self._run(version, names) for version in self.versions}
         against = next((v for v in self._order() if not outcomes[v.name].reason), self.trusted)
-        work = self._work(counters, against, names)
+        work = self._work(against, names)
         expected = outcomes[against.name]
         reference = None if expected.error or expected.reason else self._of_reference(against, names)
         if self._is_independent(reference):
@@ -243,21 +255,28 @@ class _Session:
 
     def output(self) -> Any:
         """What the trusted version returns, without its aux, or None if it fails."""
-        value = self._run(self.trusted, (), []).value
+        value = self._run(self.trusted, ()).value
         return value[0] if self.options.has_aux and isinstance(value, tuple) and value else value
 
-    def _run(self, version: Version, names: tuple[str, ...], counters: list[Counter], tensors: Any = None) -> _Outcome:
+    def _call(self, version: Version, names: tuple[str, ...]) -> Fun:
+        """A version under transforms, compiled once if it is to be."""
+        key = version.name, names
+        if key not in self._calls:
+            way, fun = version.framework, version.fun
+            if way.name == "torch" and "jit" not in version.ways:
+                self._counters[key] = Counter()
+                fun = self._counters[key].watch(fun)
+            call = transformed(way, fun, names, self.options)
+            self._calls[key] = way.jit(call) if "jit" in version.ways else call
+        return self._calls[key]
+
+    def _run(self, version: Version, names: tuple[str, ...], tensors: Any = None) -> _Outcome:
         torch.manual_seed(self.options.seed)
         start = time.perf_counter()
-        way, fun = version.framework, version.fun
-        if way.name == "torch" and "jit" not in version.ways:
-            counters.append(Counter())
-            fun = counters[-1].watch(fun)
         try:
-            with way.context():
-                given = way.arrays(self.tensors if tensors is None else tensors)
-                call = transformed(way, fun, names, self.options)
-                value = (way.jit(call) if "jit" in version.ways else call)(*given)
+            with version.framework.context():
+                given = version.framework.arrays(self.tensors if tensors is None else tensors)
+                value = self._call(version, names)(*given)
                 _wait(value)
         except MissingTransformError as missing:
             return _Outcome(reason=str(missing))
@@ -268,10 +287,13 @@ class _Session:
         written = () if tensors is not None else self._changed(given)
         return _Outcome(value, written=written, seconds=time.perf_counter() - start)
 
-    def _sensitivity(self, version: Version, names: tuple[str, ...], value: Any) -> list[float]:
-        """How much each leaf of a version's result changes if inputs do in the last place."""
-        near = [self._run(version, names, [], nudged(self.tensors, seed)).value for seed in (1, 2)]
-        return changes(value, near)
+    def _sensitivity(self, version: Version, names: tuple[str, ...], value: Any) -> list[np.ndarray | None]:
+        """How much the numbers of a version's result change if inputs do in the last place."""
+        again, *near = [self._run(version, names, tensors).value for tensors in (self.tensors, *self._near())]
+        return changes(value, again, near)
+
+    def _near(self) -> list[Any]:
+        return [nudged(self.tensors, seed) for seed in range(1, 4)]
 
     def _changed(self, given: Any) -> tuple[str, ...]:
         """The names of the arguments that a run wrote into."""
@@ -280,7 +302,8 @@ class _Session:
         names = [_leaf_name(path, self.options.names) for (path, before), after in pairs if _differ(before, after)]
         return tuple(names)
 
-    def _work(self, counters: Sequence[Counter], against: Version, names: Sequence[str]) -> Work:
+    def _work(self, against: Version, names: tuple[str, ...]) -> Work:
+        counters = [counter for (_, transforms), counter in self._counters.items() if transforms == names]
         if not any(counter.operations for counter in counters) and against.framework.name == "jax" and "vmap" not in names:
             with against.framework.context(), contextlib.suppress(TypeError, ValueError, RuntimeError):
                 counters = [count_jax(against.fun, against.framework.arrays(self.tensors))]
@@ -356,8 +379,8 @@ class _Session:
         leaves = compare(got, expected, reference, rules, result_name(names))
         if rules.tolerance is not None or {leaf.problem for leaf in leaves} - {None} != {"values"}:
             return leaves
-        both = [self._sensitivity(one, tuple(names), value) for one, value in ((version, got), (against, expected))]
-        return forgiven(leaves, got, expected, reference, rules, [max(pair) for pair in zip(*both, strict=True)])
+        both = [self._sensitivity(one, tuple(names), outcome) for one, outcome in ((version, got), (against, expected))]
+        return forgiven(leaves, got, expected, list(zip(*both, strict=True)))
 
     def _write_check(self, version: Version, outcome: _Outcome) -> Iterator[Check]:
         """A failed check for a version that wrote into its arguments, once."""

@@ -40,8 +40,10 @@ class Operations:
 
     def numbers(self, value: Any) -> Any:
         """A real or complex tensor as an array of mpmath's numbers; anything else as it is."""
-        if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
+        if not isinstance(value, torch.Tensor):
             return value
+        if not (value.is_floating_point() or value.is_complex()):
+            return value.cpu()
         wide = value.detach().to("cpu", torch.complex128 if value.is_complex() else torch.float64).resolve_conj()
         return self._array([self.number(number) for number in wide.flatten().tolist()], tuple(wide.shape))
 

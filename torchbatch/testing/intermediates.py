@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import linecache
 import os
 import sys
@@ -128,8 +129,9 @@ def line_of(frames: Iterable[tuple[str, int]]) -> Line | None:
 
 
 def _frames(depth: int) -> Iterator[tuple[str, int]]:
+    """File and line of each call inside the function that is traced, the innermost first."""
     frame = sys._getframe(depth)
-    while frame is not None:
+    while frame is not None and frame.f_code.co_filename != __file__:
         yield frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]
 
@@ -138,7 +140,7 @@ class _Lines(TorchFunctionMode):
     """Note the user's line at every operation, for the nodes of the graph that is being recorded."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        line = line_of(_frames(2))
+        line = line_of(_frames(3))
         node_meta.set_stack_trace([] if line is None else [f"{line.file}:{line.number}"])
         return func(*args, **(kwargs or {}))
 
@@ -499,4 +501,5 @@ def _is_of_library(jaxpr: Any) -> bool:
 
 def _line_of_equation(equation: Any) -> Line | None:
     frames = getattr(getattr(equation.source_info, "traceback", None), "frames", None) or ()
-    return line_of((frame.file_name, frame.line_num) for frame in frames)
+    inside = itertools.takewhile(lambda frame: frame.file_name != __file__, frames)
+    return line_of((frame.file_name, frame.line_num) for frame in inside)

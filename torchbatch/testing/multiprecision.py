@@ -98,7 +98,7 @@ class _Exactly(Interpreter):
 
     def _plain(self, target: Any, args: Any, kwargs: Any) -> Any:
         """An operation that takes no real numbers: PyTorch's own. Real numbers that it makes are made in float64."""
-        kwargs = {key: _WIDE.get(value, value) if key == "dtype" else value for key, value in kwargs.items()}
+        kwargs = {key: _WIDE.get(value, value) if key == "dtype" else value for key, value in kwargs.items() if key != "device"}
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:

@@ -182,9 +182,10 @@ class Counter(TorchFunctionMode):
         self.longest = max(self.longest, longest_sum(name, given, size))
 
     def watch(self, fun: Fun) -> Fun:
-        """The function, counted."""
+        """The function, each call counted anew."""
 
         def counted(*args: Any) -> Any:
+            self.operations, self.longest, self.largest = 0, 1, 1
             with self:
                 return fun(*args)
 

@@ -199,8 +199,7 @@ class _Checker:
         """The checks of a function that draws random numbers."""
         self.drawing = True
         for way in self.ways:
-            if way.kind != "nested":
-                yield from (self._or_skipped(way, check) for check in draws.checked(way, self.given.call, self.seed))
+            yield from (self._or_skipped(way, check) for check in draws.checked(way, self.given.call, self.seed))
 
     def all(self, variants: bool) -> Iterator[Check]:
         """The checks of a function that draws none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from torchbatch.testing.variants import Call
 #: What ``backends`` may hold. ``"traced"`` is what ``jit`` records, replayed without a compiler.
 BACKENDS = ("eager", "chunked", "traced", "jit", "nested", "compile")
 Flat = Callable[[Sequence[torch.Tensor]], Any]
+_NUMBERS = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +78,17 @@ def _jitted(backend: str) -> Callable[[Call], Flat]:
 
 
 def _compiled(call: Call) -> Flat:
-    """Under ``torch.compile``, which counts how often it has compiled a piece of code and gives up at eight: this one is new."""
+    """Under ``torch.compile``, which remembers by its place and name which shapes a piece of code has seen: this one is new.
+
+    It would otherwise leave the sizes open from the second check on, and give up after the eighth.
+    """
     mapped = tb.vmap(call.fun, call.in_axes, call.out_axes, **call.options)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return mapped(*args, **kwargs)
 
-    code = run.__code__.replace(co_name="mapped")
-    fresh = types.FunctionType(code, run.__globals__, "mapped", None, run.__closure__)
-    fresh.__kwdefaults__ = run.__kwdefaults__
+    code = run.__code__.replace(co_name=f"mapped_{next(_NUMBERS)}")
+    fresh = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
     return _of_tensors(call, torch.compile(fresh))
 
 
