@@ -13,7 +13,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "speed_tables.md"]
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(jax|optree|torch)\..*")]  # documented elsewhere
+nitpick_ignore_regex = [("py:.*", r"(jax|optree|torch|numpy|hypothesis)\..*")]  # documented elsewhere
 
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"

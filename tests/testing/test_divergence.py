@@ -286,6 +286,27 @@ def test_algebra_does_not_matter():
     assert found.first.operation in ("aten.exp", "aten.clone") or found.second.operation == "aten.sqrt"
 
 
+def test_masks_may_be_inverted():
+    """A mask that says what is kept is that which says what is not; so the mistake is not in the mask."""
+    keep = torch.ones(4, 4).tril()
+
+    def kept(x):
+        y = torch.where(keep > 0, x @ x.T, -1e9)
+        return y.softmax(-1) * 2  # two
+
+    def dropped(x):
+        y = (x @ x.T).masked_fill(keep.logical_not(), -1e9)
+        return y.softmax(-1) * 3  # three
+
+    found = first_divergence(kept, dropped, X)
+    assert "# two" in found.first.line.text and "# three" in found.second.line.text and found.agreed >= 4
+
+
+def test_an_order_along_an_axis_is_not_an_order_of_axes():
+    found = first_divergence(lambda x: x.exp() @ W, lambda x: x.exp().flip(1) @ W, X)  # flip
+    assert found.second.operation == "aten.flip" and found.agreed == 1
+
+
 def test_transforms_are_looked_through():
     def model(x):
         return (x.tanh() * 2).sum()
@@ -361,22 +382,27 @@ def breaking(wrong, right):
     return backend, calls
 
 
-def deep(x, w):
-    for _ in range(6):
+def deep(x, w, before=6):
+    for _ in range(before):
         x = (x @ w).tanh()
     y = x.exp()
     z = y.sin()  # wrong
-    for _ in range(6):
+    for _ in range(12 - before):
         z = (z @ w).tanh()
     return z.sum(-1)
 
 
-def test_the_operation_that_a_compiler_gets_wrong():
+@pytest.mark.parametrize("before", [0, 3, 6, 11])
+def test_the_operation_that_a_compiler_gets_wrong(before):
     backend, calls = breaking(torch.ops.aten.cos.default, torch.ops.aten.sin.default)
-    found = first_divergence(deep, ("torch jit", deep), X, W / 3, backend=backend)
+
+    def fun(x, w):
+        return deep(x, w, before)
+
+    found = first_divergence(fun, ("torch jit", fun), X, W / 3, backend=backend)
     assert found.first.operation == found.second.operation == "aten.sin" and found.second.version == "torch jit"
-    assert "# wrong" in found.first.line.text and found.agreed == 13
-    assert found.difference.message.startswith("compiled, 24 of 24 differ")
+    assert "# wrong" in found.first.line.text and found.agreed == 2 * before + 1
+    assert found.difference.message.startswith("compiled, ")
     assert len(calls) <= 2 * (2 + math.ceil(math.log2(27)))
 
 

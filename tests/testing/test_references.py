@@ -202,6 +202,8 @@ def test_operations_and_sums_are_counted():
     assert (counter.operations, counter.longest, counter.largest) == (4, 200, 1000)
     assert work_of([counter], ("grad",), (torch.ones(3, 200),)) == Work(16, 200)
     assert work_of([], (), ()) == Work()
+    counter.operations = 20
+    assert work_of([counter], (), ()).operations == 20 and work_of([counter], ("vmap", "grad"), ()).operations == 60
 
 
 @pytest.mark.parametrize(

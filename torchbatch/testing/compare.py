@@ -38,7 +38,7 @@ class LeafDifference:
 
     Attributes:
         where: the leaf's place in the output, such as ``output['loss'][0]``.
-        problem: None if they are the same, or one of :data:`PROBLEMS`.
+        problem: None if they are the same, or one of ``torchbatch.testing.compare.PROBLEMS``.
         message: what is wrong, in one line.
         got, expected: dtype and shape of both, as text.
         max_abs, max_rel: the largest absolute and relative difference of finite numbers.

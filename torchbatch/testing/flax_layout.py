@@ -36,7 +36,7 @@ class ParameterRule:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What its parts are called: most entries have one."""
+        """What its parts are called; most entries have one."""
         return (self.name,)
 
     def split(self, entry: torch.Tensor) -> list[torch.Tensor]:

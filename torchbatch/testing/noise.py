@@ -55,13 +55,18 @@ def _change(value: Any, again: Any, *near: Any) -> np.ndarray | None:
     mine, once_more, *others = (each.numbers for each in values)
     if not np.array_equal(mine, once_more, equal_nan=True):
         return None
-    apart = np.max([_apart(mine, other) for other in others], axis=0)
-    return np.maximum(apart, np.quantile(apart, 0.75)) if apart.size else apart
+    apart: np.ndarray = np.asarray(np.max([_apart(mine, other) for other in others], axis=0))
+    size = np.abs(np.where(np.isfinite(mine), mine, 0)).max(initial=0.0)
+    usual = apart.max(initial=0.0)  # of all numbers, unless one of them makes a step
+    if _TIMES * usual > _MOST * size:
+        usual = np.quantile(apart, 0.75) if apart.size else 0.0
+    return np.asarray(np.maximum(apart, usual))
 
 
 def _apart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     finite = np.isfinite(x) & np.isfinite(y)
-    return np.abs(np.where(finite, x, 0) - np.where(finite, y, 0))
+    apart: np.ndarray = np.abs(np.where(finite, x, 0) - np.where(finite, y, 0))
+    return apart
 
 
 def forgiven(

@@ -82,7 +82,7 @@ class Check:
 
     @property
     def name(self) -> str:
-        """The line in a few words: ``"jit, reverse-mode gradient, batch of 1"``."""
+        """The line in a few words, such as ``"jit, reverse-mode gradient, batch of 1"``."""
         return f"{self.run}, {self.what}, {self.variant}"
 
 

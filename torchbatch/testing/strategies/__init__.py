@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
 from torchbatch.testing.strategies.arrays import LAYOUTS, arrays, dtypes, shapes, tensors
 from torchbatch.testing.strategies.axes import axes_for, out_axes_for
 from torchbatch.testing.strategies.calls import BatchedCall, batched_calls, reproduced
-from torchbatch.testing.strategies.programs import Program, programs
+from torchbatch.testing.strategies.programs import Function, Program, programs
 from torchbatch.testing.strategies.trees import NODES, Pair, Record, pytrees, register_with_jax
 
 del _hypothesis
@@ -23,6 +23,7 @@ __all__ = [
     "LAYOUTS",
     "NODES",
     "BatchedCall",
+    "Function",
     "Pair",
     "Program",
     "Record",
