@@ -10,6 +10,8 @@ import inspect
 import io
 import pkgutil
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,22 @@ def run_page(text, where):
             run_session(code, names, where, line)
         else:
             run_script(code, shown, names, where, line)
+    return names
+
+
+def assert_shown(report, texts):
+    """A page of the report opens in a browser, if there is one, without an error, and shows some texts."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    shown = report.read_text(encoding="utf-8")
+    if browser is not None:
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={report.parent / 'profile'}"]
+        command += ["--enable-logging=stderr", "--dump-dom", report.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert "CONSOLE" not in done.stderr
+        shown = done.stdout
+    words = " ".join(re.sub("<[^>]*>", "", shown).split())
+    for text in texts:
+        assert text in words
 
 
 def skip_without_what_it_imports(text):
@@ -76,7 +94,10 @@ def skip_without_what_it_imports(text):
 def test_page(page):
     text = page.read_text(encoding="utf-8")
     skip_without_what_it_imports(text)
-    run_page(text, str(page))
+    names = run_page(text, str(page))
+    if page.stem == "porting_from_jax":
+        assert_shown(names["folder"] / "first_try.html", ["✕ torch, values", "aten.native_layer_norm", "torch is off"])
+        assert_shown(names["folder"] / "port.html", ["4 checks passed", "torch jit"])
 
 
 @pytest.mark.parametrize("name", MODULES)

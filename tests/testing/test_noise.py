@@ -63,6 +63,7 @@ def test_an_ill_conditioned_function_raises_no_alarm():
     }
     report = check_equivalent(versions, hard, transforms=["value"])
     assert "differ in the last place" in report.checks[0].leaves[0].tolerance.why
+    assert "it is taken for rounding" in report.notes[0]
     versions["numpy"] = lambda a: np.linalg.inv(a) @ np.ones(8) * (1 + 1e-5)
     assert not check_equivalent(versions, hard, transforms=["value"], raise_on_failure=False).passed
 

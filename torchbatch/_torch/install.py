@@ -5,6 +5,6 @@ The order matters where two of them take the same operator: the later kernel goe
 
 from __future__ import annotations
 
-from torchbatch._torch import autocast, draws, factories, masked, places, recurrent, repairs, rules, zero_tensors
+from torchbatch._torch import autocast, draws, factories, masked, places, recurrent, repairs, rules, selections, zero_tensors
 
-__all__ = ["autocast", "draws", "factories", "masked", "places", "recurrent", "repairs", "rules", "zero_tensors"]
+__all__ = ["autocast", "draws", "factories", "masked", "places", "recurrent", "repairs", "rules", "selections", "zero_tensors"]

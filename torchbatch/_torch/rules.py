@@ -287,7 +287,7 @@ _POLYNOMIALS = [
 ELEMENTWISE = {
     *_POLYNOMIALS,
     *(f"{name}.{kind}" for name in _POLYNOMIALS for kind in ("n_scalar", "x_scalar")),
-    *"_conj_physical special_airy_ai _standard_gamma_grad _dirichlet_grad dequantize.self int_repr".split(),
+    *"_conj_physical _neg_view special_airy_ai _standard_gamma_grad _dirichlet_grad dequantize.self int_repr".split(),
 }
 
 LEADING: dict[str, tuple[int, ...]] = {

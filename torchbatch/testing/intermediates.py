@@ -159,15 +159,16 @@ def of_torch(fun: Callable[..., Any], args: Sequence[Any]) -> Steps:
     Raises:
         TorchbatchError: it cannot be traced.
     """
+    leaves, structure = tree.flatten(tuple(args))
 
     def watched(*given: Any) -> Any:
         with _Lines():
-            return fun(*given)
+            return fun(*tree.unflatten(structure, given))
 
     with node_meta.preserve_node_meta():
-        graph = torchbatch.make_graph(watched)(*args)
-    leaves = zip(tree.leaves(tuple(args)), graph.inputs, strict=True)
-    arguments = [torch.as_tensor(leaf, dtype=shape.dtype, device=shape.device) for leaf, shape in leaves]
+        graph = torchbatch.make_graph(watched)(*leaves)
+    rows = zip(leaves, graph.inputs, strict=True)
+    arguments = [torch.as_tensor(leaf, dtype=shape.dtype, device=shape.device) for leaf, shape in rows]
     arguments = [*(value.detach().clone() for value in arguments), *graph.captured]
     recorder = _Recorder(graph.module, len(graph.inputs))
     with torch.no_grad():

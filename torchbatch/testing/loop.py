@@ -428,7 +428,8 @@ def _other_numbers(tensor: torch.Tensor, axis: int) -> torch.Tensor:
     sample = (tensor.select(axis, 0) if tensor.shape[axis] else _zeros(tensor, axis)).detach()
     if not (sample.is_floating_point() or sample.is_complex()):
         return sample.clone()
-    return torch.where(sample == 0, torch.ones_like(sample), sample * 1.5).requires_grad_(tensor.requires_grad)
+    other = torch.where(sample == 0, torch.ones_like(sample), sample * 1.5)
+    return other.requires_grad_() if tensor.requires_grad else other  # inside jvp it may not be called at all
 
 
 def _generators() -> list[torch.Tensor]:

@@ -70,11 +70,17 @@ def with_digits(fun: Fun, names: Sequence[str], options: Options, tensors: Any, 
     """
     way = framework("torch")
     names = [transform for transform in names if transform != "jit"]
-    args = way.arrays(tensors)
-    graph, shapes = torchbatch.make_graph(transformed(way, fun, names, options), return_shape=True)(*args)
-    leaves = [torch.as_tensor(leaf) for leaf in tree.leaves(args)]
-    found = run_exactly(graph.module, [*leaves, *graph.captured], digits)
-    return tree.unflatten(tree.structure(shapes), found[: len(graph.outputs)])
+    leaves, structure = tree.flatten(way.arrays(tensors))
+    run, results = transformed(way, fun, names, options), []
+
+    def flat(*given: Any) -> list[Any]:
+        found, result = tree.flatten(run(*tree.unflatten(structure, given)))
+        results.append(result)
+        return found
+
+    graph = torchbatch.make_graph(flat)(*leaves)
+    found = run_exactly(graph.module, [*map(torch.as_tensor, leaves), *graph.captured], digits)
+    return tree.unflatten(results[-1], found[: len(graph.outputs)])
 
 
 def parse_reference(reference: Any) -> Any:

@@ -10,6 +10,9 @@ import numpy as np
 from torchbatch.testing.values import FORMATS, Values
 
 
+_NARROW, _NARROWEST = 8, 2  # how many last places a number of 16 bits, or of 8, may be off
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """How much was computed, as far as rounding goes.
@@ -47,13 +50,15 @@ EXACT = Tolerance(0.0, 0.0, "whole numbers and bools are equal or not")
 def rounding(format: str, work: Work) -> float:
     """The relative error that rounding explains: a few last places for each operation, as random errors add up.
 
-    Formats of 16 bits and fewer sum in float32, so the length of sums counts only for the wider ones.
+    Formats of 16 bits and fewer sum in float32, so the length of sums counts only for the wider ones. Their last place is coarse:
+    they are given fewer of them, so that a tenth more or less is a difference however long the computation was.
 
     Source: N. Higham, T. Mary, A new approach to probabilistic rounding error analysis, SIAM J. Sci. Comput. 41 (2019).
     """
-    epsilon = FORMATS[format][0]
-    places = 8 + 2 * math.sqrt(work.operations) + (math.sqrt(work.longest) if epsilon < 1e-4 else 0)
-    return min(epsilon * places, 0.5)
+    epsilon, steps = FORMATS[format][0], math.sqrt(work.operations)
+    if epsilon < 1e-4:
+        return min(epsilon * (8 + 2 * steps + math.sqrt(work.longest)), 0.5)
+    return epsilon * min(2 + steps / 2, _NARROW if epsilon < 0.1 else _NARROWEST)
 
 
 def choose(got: Values, expected: Values, reference: Values | None = None, work: Work | None = None) -> Tolerance:

@@ -70,7 +70,7 @@ class Graph:
 
     Attributes:
         operations: the names of the operations in order; views, copies and constants are none.
-        inputs: the arguments, flat.
+        inputs: the arguments, flat; dicts in the order in which they were filled.
         outputs: what is returned, flat.
         captured: the tensors that the function closes over.
         module: the graph itself, of aten operations: ``module(*inputs, *captured)`` gives the flat outputs, and after them the
