@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import torchbatch
 from torchbatch import lax
+from torchbatch.testing import assert_close
 
 jax = pytest.importorskip("jax")
 TRANSFORMS = ("vmap", "grad", "jvp", "jacrev", "jacfwd")
@@ -270,7 +271,7 @@ def step(draw, labels, mapped, around, functions, several, whole):
 def close(ours, theirs, program):
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape and ours.dtype == np.float32, (program, ours.shape, theirs.shape)
-    np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3 * max(1, np.abs(theirs).max()), err_msg=str(program))
+    assert_close(ours, theirs, rtol=2e-3, atol=2e-3 * max(1, np.abs(theirs).max()), where=str(program), dtypes=False)
 
 
 def reverse_over_forward(program):

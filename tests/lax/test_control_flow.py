@@ -34,7 +34,7 @@ def same(ours, theirs):
     assert a_structure == b_structure
     for mine, other in zip(a, b, strict=True):
         assert mine.shape == other.shape and mine.dtype.kind == other.dtype.kind, (mine, other)
-        np.testing.assert_allclose(mine, other, rtol=2e-4, atol=2e-4)
+        assert_close(mine, other, rtol=2e-4, atol=2e-4, dtypes=False)
 
 
 # --- what runs in both libraries -------------------------------------------------------------------------------------

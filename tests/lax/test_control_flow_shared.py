@@ -81,7 +81,7 @@ def check(transform, name, *values):
     for through in (lambda f: f, traced):
         found = in_torch(transform, name, *values, through=through)
         for a, b in zip(found, expected, strict=True):
-            np.testing.assert_allclose(a.numpy(), np.asarray(b), rtol=2e-5, atol=1e-5)
+            assert_close(a.numpy(), np.asarray(b), rtol=2e-5, atol=1e-5, dtypes=False)
 
 
 @pytest.mark.parametrize("name", SHARED)

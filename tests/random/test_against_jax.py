@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from torchbatch import jit, random, vmap
+from torchbatch.testing import assert_close
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 SHAPES = [(), (0,), (3, 5)] if LONG else [(), (3, 5)]
@@ -29,7 +30,7 @@ def some(items, count):
 def near(ours, theirs, **tolerance):
     theirs = np.asarray(theirs)
     assert tuple(ours.shape) == theirs.shape
-    np.testing.assert_allclose(ours.detach().numpy(), theirs, **tolerance)
+    assert_close(ours.detach().numpy(), theirs, **tolerance, dtypes=False)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from torchbatch.testing import assert_close
+
 jax = pytest.importorskip("jax")
 
 Same = Callable[[torch.Tensor, Any], None]
@@ -43,7 +45,7 @@ def same() -> Same:
         assert isinstance(ours, torch.Tensor)
         assert tuple(ours.shape) == tuple(theirs.shape)
         assert ours.dtype.is_floating_point == np.issubdtype(theirs.dtype, np.floating)
-        np.testing.assert_allclose(ours.detach().numpy(), np.asarray(theirs), rtol=1e-5, atol=1e-6)
+        assert_close(ours.detach().numpy(), np.asarray(theirs), rtol=1e-5, atol=1e-6, dtypes=False)
 
     return check
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from torchbatch.testing import assert_close
+
 COMPILED = pytest.mark.parametrize("how", ["eager", "jit", "inductor"], indirect=True)
 
 # What `layer(batch_x[0])` prints there, up to where the page cuts it off.
@@ -119,7 +121,7 @@ def close():
 
     def check(ours, theirs):
         assert tuple(ours.shape) == tuple(theirs.shape)
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-5)
+        assert_close(ours, theirs, rtol=1e-6, atol=1e-5, dtypes=False)
 
     return check
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from torchbatch import vmap
+from torchbatch.testing import assert_close
 
 COMPILED = pytest.mark.parametrize("how", ["eager", "jit", "inductor"], indirect=True)
 
@@ -91,7 +92,7 @@ class TestPredict:
         many = tuple(torch.stack([p, 2 * p]) for p in params)
         jax_many = tuple(jnp.stack([p, 2 * p]) for p in jax_params)
         theirs = jax.vmap(partial(jax_predict, input_vector=jax_batch[0]))(jax_many)
-        np.testing.assert_allclose(vmap(bound)(many), theirs, rtol=1e-5, atol=1e-6)
+        assert_close(vmap(bound)(many), theirs, rtol=1e-5, atol=1e-6, dtypes=False)
 
 
 def sqeuclidean_distances(x, y):
@@ -141,7 +142,7 @@ class TestDistances:
         x, y, jx, jy = (rows[0] for rows in xy)
         ours = torch.sqrt(torch.dot(x, x) - 2.0 * torch.dot(x, y) + torch.dot(y, y))
         same(ours, jnp.sqrt(jnp.dot(jx, jx) - 2.0 * jnp.dot(jx, jy) + jnp.dot(jy, jy)))
-        np.testing.assert_allclose(ours**2, sqeuclidean_distances(x, y), rtol=1e-5)
+        assert_close(ours**2, sqeuclidean_distances(x, y), rtol=1e-5, dtypes=False)
 
     @pytest.mark.parametrize("square", [False, True])
     def test_einsum(self, xy, same, square):
@@ -225,7 +226,7 @@ class TestKernels:
         ours, theirs = partial(rbf_kernel, gammas[0]), partial(jax_rbf_kernel, gammas[1])
         out = covariance_matrix(ours, x, y, vmap=vmap)
         same(out, covariance_matrix(theirs, jx, jy, vmap=jax.vmap))
-        np.testing.assert_allclose(out, gram(rbf_kernel, gammas[0], x, y, vmap=vmap), rtol=1e-6)
+        assert_close(out, gram(rbf_kernel, gammas[0], x, y, vmap=vmap), rtol=1e-6, dtypes=False)
 
 
 class TestVectorsToMatrices:
@@ -255,7 +256,7 @@ class TestVectorsToMatrices:
         x, y = draw(2, 3), draw(3)
         out = ours[1](torch.from_numpy(x), torch.from_numpy(y))
         same(out, theirs[1](x, y))
-        np.testing.assert_allclose(out, x @ y, rtol=1e-5)
+        assert_close(out, x @ y, rtol=1e-5, dtypes=False)
 
     @COMPILED
     def test_mm(self, ours, theirs, draw, same):
@@ -263,4 +264,4 @@ class TestVectorsToMatrices:
         x, y = draw(2, 3), draw(3, 4)
         out = ours[2](torch.from_numpy(x), torch.from_numpy(y))
         same(out, theirs[2](x, y))
-        np.testing.assert_allclose(out, x @ y, rtol=1e-5)
+        assert_close(out, x @ y, rtol=1e-5, dtypes=False)

@@ -142,7 +142,7 @@ def test_who_is_asked_is_as_in_jax():
             other = call(jax, ours(others, jax.numpy, theirs))
         finally:
             del torchbatch.one, jax.one
-        np.testing.assert_allclose(value, other, rtol=1e-5)
+        assert_close(value, other, rtol=1e-5, dtypes=False)
         assert set(mine) == set(others)
 
 
@@ -176,7 +176,7 @@ def test_trees_as_in_jax():
 
     ours, theirs = result(torchbatch, torch.from_numpy, torch), result(jax, jax.numpy.asarray, jax.numpy)
     for mine, other in zip(torchbatch.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(mine, other)
+        assert_close(mine, other, dtypes=False)
 
 
 def test_numbers_that_plain_differentiation_gets_wrong():
@@ -313,7 +313,7 @@ def test_complex_cotangents_are_those_of_jax():
         made.defvjp(lambda z: (z * z, z), lambda z, ct: (2 * z * ct,))
     mine = grad(loss(torch, ours))(z)
     same(mine, grad(loss(torch, lambda z: z * z))(z))
-    np.testing.assert_allclose(mine.resolve_conj(), jax.grad(loss(jax.numpy, theirs))(z.numpy()), rtol=1e-5)
+    assert_close(mine.resolve_conj(), jax.grad(loss(jax.numpy, theirs))(z.numpy()), rtol=1e-5, dtypes=False)
     moved = custom_jvp(lambda z: z * z)
     moved.defjvp(lambda primals, tangents: (moved(*primals), 2 * primals[0] * tangents[0]))
     same(grad(loss(torch, moved))(z), mine)
@@ -341,7 +341,7 @@ def test_custom_vmap_inside_of_custom_vjp_as_in_jax():
     ours = result(torchbatch, torch, X, Y)
     theirs = result(jax, jax.numpy, X.numpy(), Y.numpy())
     for mine, other in zip(torchbatch.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(mine, other, rtol=1e-5)
+        assert_close(mine, other, rtol=1e-5, dtypes=False)
 
 
 def test_outputs_that_are_arguments_or_each_other():

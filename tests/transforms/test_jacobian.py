@@ -51,7 +51,7 @@ def assert_same(ours, theirs):
         assert tuple(mine.shape) == np.shape(other)
         assert str(mine.dtype).removeprefix("torch.") == str(other.dtype)
         wide = torch.complex64 if mine.is_complex() else torch.float32
-        np.testing.assert_allclose(mine.to(wide).numpy(), np.asarray(other).astype(str(wide)[6:]), rtol=2e-5, atol=2e-6)
+        assert_close(mine.to(wide).numpy(), np.asarray(other).astype(str(wide)[6:]), rtol=2e-5, atol=2e-6, dtypes=False)
 
 
 @ALL

@@ -40,7 +40,8 @@ class OneWay(TorchFunctionMode):
 
 _OF_MODULES = ("_backward_hooks", "_backward_pre_hooks")
 _HOOKS = (torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook)
-_QUESTIONS = tuple(vars(torch.Tensor.__base__)[name].__get__ for name in ("requires_grad", "grad_fn", "is_leaf"))
+_tensor: Any = torch.Tensor
+_QUESTIONS = (_tensor.requires_grad.__get__, _tensor.grad_fn.__get__, _tensor.is_leaf.__get__)
 _EMBEDDINGS = {  # the arguments that say so, where they are, and what they are if nothing is said
     functional.embedding: (("padding_idx", 2, None), ("scale_grad_by_freq", 5, False)),
     torch.embedding: (("padding_idx", 2, -1), ("scale_grad_by_freq", 3, False)),
