@@ -106,6 +106,7 @@ def excused(name, x, n):
         or (x.dtype is torch.bool and name in ("x << n", "x >> n"))
         or (x.dtype is torch.uint8 and comparison and n.real < 0)  # PyTorch says uint8(2) < -1
         or (type(n) is complex and name == "n truediv x")  # half precision, and nan or inf for 1j / 0
+        or (type(n) is complex and name == "clamp")  # complex numbers have no order; PyTorch compares real parts, or refuses
         or (type(n) is complex and not x.is_complex() and name in ("masked_fill", "fill_", "item assignment"))  # refused
     )
 
