@@ -77,6 +77,14 @@ def batched(torchbatch_backend: str) -> Any:
     return _plugin().Batched(torchbatch_backend)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test with the marker that pytest does not run by itself would be run as it is, and pass."""
+    if isinstance(item, pytest.Function) and item.get_closest_marker("torchbatch"):
+        callspec = getattr(item, "callspec", None)
+        if callspec is None or _FIXTURE not in callspec.params:
+            pytest.fail("the marker torchbatch does not go with unittest.TestCase: write a plain class.", pytrace=False)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a test with the marker: not itself, but mapped over its arguments."""

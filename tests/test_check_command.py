@@ -36,6 +36,9 @@ def off(x):
 def tree(params, x):
     return {"y": torch.tanh(params["w"] @ x + params["b"])}
 
+def leaving(x):
+    raise SystemExit(0)
+
 def draws(x):
     return x + torch.rand(3)
 
@@ -81,6 +84,7 @@ def here(tmp_path, monkeypatch):
     """An empty folder with a few modules, as the current one; what is imported from it is forgotten afterwards."""
     for name, text in (("check_model", MODEL), ("check_port", PORT), ("check_both", BOTH)):
         (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "check_leaving.py").write_text("import sys\ndef f(x, w): return x\nsys.exit()\n")
     (tmp_path / "check_broken.py").write_text("raise ValueError('broken')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -194,6 +198,7 @@ def test_mapped_derivatives_of_both(check):
     status, out, _ = check("check_model:score", *SCORE, *options, "--against", "check_port:score")
     assert status == 0
     assert line(out, "check_model:score", "check_port:score", "vmap(vjp)") and "jvp" not in out
+    assert line(out, "x:", "float32[8,", "3],", "axis", "0") and line(out, "w:", "float32[3],", "shared")
 
 
 def test_against_numpy_and_against_pytorch(check):
@@ -268,6 +273,9 @@ def test_a_disk_that_is_full(check):
         (["check_nothing:f", *SCORE], "cannot import check_nothing: ModuleNotFoundError: No module named 'check_nothing'"),
         (["check_nothing.py:f", *SCORE], "cannot import check_nothing.py: FileNotFoundError: "),
         (["check_broken:f", *SCORE], "cannot import check_broken: ValueError: broken"),
+        (["check_leaving:f", *SCORE], "check_leaving:f: what is checked, or the file that it is in, ends the program; put what"),
+        (["check_model:leaving", "--arg", "f32[3]"], "under if __name__ == '__main__' (SystemExit: 0)."),
+        (["check_model:score", "--arg", "f32[99999999999,99]"], "argument 'f32[99999999999,99]': an array of this shape cannot"),
         (["check_model:score", "--arg", "f33[2]"], "argument 'f33[2]': there is no dtype 'f33'"),
         (["check_model:score", "--arg", "x.npy"], "argument 'x.npy': cannot read the file"),
         (["check_model:score", *SCORE, "--in-axes", "0;None"], "--in-axes '0;None': write axes as Python does"),

@@ -155,6 +155,9 @@ def run(options: Options) -> int:
         report = _report(options)
     except (SpecError, TorchbatchError, ImportError) as error:
         raise CheckError(str(error)) from error
+    except SystemExit as error:
+        text = "what is checked, or the file that it is in, ends the program; put what runs alone under if __name__ == '__main__'"
+        raise CheckError(f"{options.target}: {text} (SystemExit: {error.code}).") from error
     print_report(report)
     _save(options, report)
     if not report.passed and not report.failures:
@@ -258,10 +261,10 @@ def _transforms(derivatives: Sequence[str], mapped: bool) -> list[Any]:
 
 
 def _joined(title: str, reports: Sequence[Report]) -> Report:
-    """All reports as one: what only one of them can say is from the last that says it."""
+    """All reports as one: what only one of them can say is from the first that says it, which knows the batch axes."""
     joined = Report(title)
     for report in reports:
-        kept = {name: getattr(report, name) or getattr(joined, name) for name in ("inputs", "precision", "arguments", "outputs")}
+        kept = {name: getattr(joined, name) or getattr(report, name) for name in ("inputs", "precision", "arguments", "outputs")}
         joined = dataclasses.replace(
             joined,
             **kept,

@@ -13,7 +13,7 @@ from torchbatch import vmap
 from torchbatch._torch import repairs, rules
 from torchbatch._torch.fallback import fallback
 from torchbatch.errors import DataDependentError, InPlaceError, UnsupportedOperationError
-from torchbatch.testing import assert_close
+from torchbatch.testing import assert_close, loop
 
 REGISTERED = (repairs, rules)
 X = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, 6.0]])
@@ -177,3 +177,21 @@ def test_the_padding_row_of_a_table_of_each_sample_has_no_gradient():
     expected = torch.zeros(2, 4, 3)
     expected[0, 1] = expected[1, 3] = 1
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_derivatives_at_kinks(where: str) -> None:
+    tables, target = torch.ones(2, 3, 2), torch.tensor([1, 0, -1])
+
+    def bags(table: torch.Tensor) -> torch.Tensor:
+        return F.embedding_bag(torch.tensor([0, 1, 2, 2]), table, torch.tensor([0, 3]), mode="max").sum()
+
+    def margins(table: torch.Tensor) -> torch.Tensor:
+        return F.multilabel_margin_loss(table.flatten()[:3] * torch.tensor([0.0, 0.0, -1.0]), target)
+
+    for f in (bags, margins):
+        if where == "inside":
+            assert_close(vmap(torch.func.grad(f))(tables), loop(torch.func.grad(f))(tables))
+        else:
+            total = lambda mapped: torch.func.grad(lambda x: mapped(x).sum())(tables)  # noqa: E731
+            assert_close(total(vmap(f)), total(loop(f)))

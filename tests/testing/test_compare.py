@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import OrderedDict, namedtuple
 
@@ -11,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchbatch.errors import InputTypeError
+from torchbatch.errors import AxisSpecError, EquivalenceError, InputTypeError
+from torchbatch.testing.assertions import assert_close
 from torchbatch.testing.compare import PROBLEMS, Rules, compare
 from torchbatch.testing.tolerance import EXACT, Tolerance, Work, choose, rounding
-from torchbatch.testing.values import read
+from torchbatch.testing.values import FORMATS, read
 
 NAN, INF = math.nan, math.inf
 Pair = namedtuple("Pair", "a b")
@@ -32,9 +34,11 @@ WRONG = {
     "structure": [
         ({"a": ONE}, {"b": ONE}, "lacks output['b'] and has output['a']"),
         ((ONE, ONE), (ONE,), "has output[1]"),
-        ((ONE,), [ONE], "the containers differ"),
+        ((ONE,), [ONE], "the containers differ: (*,) instead of [*]"),
         (Pair(ONE, ONE), (ONE, ONE), "the output lacks output[0], output[1] and has output.a, output.b"),
-        (None, ONE, "the output lacks output"),
+        (None, ONE, "None instead of a Tensor"),
+        ((ONE,), ONE, "a tuple of 1 leaf instead of a Tensor"),
+        (ONE, {"a": ONE, "b": ONE}, "a Tensor instead of a dict of 2 leaves"),
     ],
     "type": [("text", ONE, "output is a str instead of a Tensor"), ([len], ["text"], "output[0] is a builtin_function")],
     "shape": [(ONE.T, ONE, "shape (3, 2) instead of (2, 3)"), (ONE[0], ONE, "shape (3,) instead of (2, 3)")],
@@ -182,6 +186,35 @@ def test_only_arrays_have_values():
         read(np.array([object()]))
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (np.array(["a"]), "an array of text cannot be compared"),
+        (np.array([None, 1]), "an array of Python objects cannot be compared"),
+        (np.array(["2020-01-01"], "M8[D]"), "an array of dates cannot be compared"),
+        (torch.ones(2, device="meta"), "on the device meta, which holds no numbers"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested: compare the tensors in it"),
+    ],
+    ids=["text", "objects", "dates", "meta", "nested"],
+)
+def test_what_has_no_numbers_is_refused(value, text):
+    with pytest.raises(InputTypeError, match=text):
+        compare(value, value)
+
+
+def test_objects_that_cannot_be_compared_are_named():
+    @dataclasses.dataclass
+    class State:
+        x: torch.Tensor
+
+    with pytest.raises(InputTypeError, match=r"output\[0\] is a State, which is neither an array nor .*register_dataclass"):
+        compare([State(ONE)], [State(ONE.clone())])
+
+
+def test_long_doubles_are_floating_point_numbers():
+    assert single(np.longdouble(1) + np.longdouble(1e-16), np.longdouble(1) / 3 * 3).passed
+
+
 def test_jax_arrays_are_read():
     jnp = pytest.importorskip("jax.numpy")
     found = read(jnp.ones((2,), jnp.bfloat16))
@@ -204,6 +237,30 @@ def test_whole_numbers_are_equal_or_not():
 def test_more_work_and_coarser_formats_allow_more():
     assert rounding("float64", Work()) < rounding("float32", Work()) < rounding("float32", Work(1000, 4096)) < 1e-4
     assert rounding("bfloat16", Work(4, 10**6)) == rounding("bfloat16", Work(4, 1)) < 0.2
+
+
+@pytest.mark.parametrize(("dtype", "part"), [(torch.bfloat16, 0.2), (torch.float16, 0.03), (torch.float8_e4m3fn, 0.6)])
+def test_coarse_formats_do_not_allow_everything_however_long_the_computation_was(dtype, part):
+    with pytest.raises(EquivalenceError):
+        assert_close((torch.ones(3) + part).to(dtype), torch.ones(3).to(dtype))
+    assert_close(torch.tensor([1 + torch.finfo(dtype).eps]).to(dtype), torch.ones(1).to(dtype))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "float8_e5m2fnuz"])  # PyTorch says 1/8
+def test_formats_are_those_of_pytorch(name):
+    known = torch.finfo(getattr(torch, name))
+    assert FORMATS[name] == (known.eps, known.smallest_normal)
+
+
+@pytest.mark.parametrize("number", [-1, float("nan"), True, "1e-3", None])
+def test_a_tolerance_is_no_less_than_zero(number):
+    with pytest.raises(AxisSpecError, match="Tolerance: rtol must be a number from 0 up, but it is "):
+        Tolerance(number, 0.0)
+    with pytest.raises(AxisSpecError, match="Tolerance: atol must be a number from 0 up, but it is "):
+        Tolerance(0.0, number)
+    if number is not None:
+        with pytest.raises(AxisSpecError, match="assert_close: rtol must be a number from 0 up"):
+            assert_close(1.0, 1.0, rtol=number)
 
 
 def test_the_coarser_of_two_formats_counts():
@@ -229,3 +286,11 @@ def test_an_ill_conditioned_problem_allows_what_the_expected_run_is_off_by():
 def test_a_given_tolerance_is_taken():
     assert single(ONE + 0.5, ONE, tolerance=Tolerance(0.0, 0.6)).passed
     assert str(Tolerance(1e-3, 0.5)) == "rtol 0.001, atol 0.5 (given)"
+
+
+def test_without_work_and_reference_the_tolerance_is_pytorchs():
+    large = torch.tensor([1e8, 1.0])
+    with pytest.raises(EquivalenceError, match=r"customary for float32"):
+        assert_close(torch.tensor([1e8, 2.0]), large)
+    assert assert_close(large * (1 + 1e-6), large).passed
+    assert assert_close(torch.tensor([1e8, 2.0]), large, work=Work()).passed

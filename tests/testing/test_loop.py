@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchbatch import tree
+from torchbatch import grad, jvp, tree
 from torchbatch.errors import (
     AxisError,
     AxisSpecError,
@@ -426,6 +426,32 @@ def test_shared_tensors_are_restored_after_an_exception_and_under_inference_mode
     with pytest.raises(KeyError, match="mine"), torch.inference_mode():
         loop(broken, in_axes=(0, None))(torch.ones(2), shared)
     assert shared.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_derivatives_where_out_axes_is_none(size: int) -> None:
+    def both(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return loop(lambda x, y: (x * y, y * y), in_axes=(0, None), out_axes=(0, None))(x, y)
+
+    x, y = torch.ones(size, 2), torch.tensor([3.0, 4.0])
+    _, tangents = jvp(both, (x, y), (x, y))
+    assert_close(tangents, (2 * y.expand(size, 2), 2 * y * y))
+    gradient = grad(lambda x, y: sum(part.sum() for part in both(x, y)), argnums=(0, 1))
+    assert_close(gradient(x, y), (y.expand(size, 2), size + 2 * y))
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_a_look_aside_leaves_gradients_alone(size: int) -> None:
+    asked = []
+
+    def ask(x: torch.Tensor) -> tuple[torch.Tensor, float]:
+        asked.append(x.requires_grad)
+        return x.exp(), 1.0
+
+    x = torch.ones(size, 2, requires_grad=True)
+    loop(ask, out_axes=(0, None))(x)[0].sum().backward()
+    assert_close(x.grad, x.detach().exp())
+    assert all(asked)
 
 
 # --- random numbers --------------------------------------------------------------------------------------------------

@@ -313,6 +313,18 @@ def test_axes_of_arguments_that_are_not_there():
         run_marked(lambda x, y: x, {"x": 1, "y": 2, "request": 3}, "loop", {"x": 0, "z": 1})
 
 
+def test_options_that_the_marker_does_not_have():
+    with pytest.raises(AxisSpecError, match=r"the marker torchbatch has no option 'in_axis'; pytest --markers lists those"):
+        run_marked(lambda x: x, {"x": torch.ones(3)}, "loop", in_axis=0)
+
+
+def test_a_marked_test_of_unittest_is_refused(run):
+    code = "import pytest, unittest\nclass TestIt(unittest.TestCase):\n    @pytest.mark.torchbatch\n    def test_it(self): pass\n"
+    result = run(f"{code}    def test_other(self): pass\n")
+    result.assert_outcomes(passed=1, errors=1)
+    result.stdout.fnmatch_lines(["the marker torchbatch does not go with unittest.TestCase*"])
+
+
 def test_a_marked_test_of_hypothesis_is_refused():
     from hypothesis import given, strategies
 
@@ -395,6 +407,14 @@ def test_what_the_function_writes_is_written_once(backend):
     x = torch.zeros(3, 2)
     assert Batched(backend)(bump)(x).tolist() == [2.0] * 3
     assert x.tolist() == [[1.0] * 2] * 3
+
+
+def test_what_only_one_of_both_writes_is_a_difference():
+    def leaking(x):
+        return x.add_(1).sum() if torch._C._functorch.is_batchedtensor(x) else (x + 1).sum()
+
+    with pytest.raises(EquivalenceError, match="eager does not give what the loop gives: input x: afterwards it is not"):
+        Batched("eager")(leaking)(torch.zeros(3, 2))
 
 
 @pytest.mark.parametrize("backend", ["loop", "eager"])

@@ -106,3 +106,11 @@ def test_the_table_has_a_line_for_each_check():
     assert len(table([RIGHT, WRONG])) == 3
     assert extent(SKIPPED) == SKIPPED.message
     assert extent(check(torch.ones(2), torch.ones(3))) == "shape"
+
+
+def test_a_program_of_pages_is_left_out_of_the_text():
+    short, long = (dataclasses.replace(Report("f", (RIGHT,)), reproducer="x = 1\n" * lines) for lines in (3, 3000))
+    assert str(short).endswith("To reproduce it in plain PyTorch:\n\nx = 1\nx = 1\nx = 1\n")
+    text = "The program has 3000 lines with the numbers in it. It is report.reproducer, and stands in the files of JSON and HTML."
+    assert str(long).endswith(text)
+    assert long.to_dict()["reproducer"] == long.reproducer

@@ -151,6 +151,8 @@ def test_files(tmp_path, array):
         ("f32[3]==1", "bounds are numbers, written with <, <=, > or >="),
         ("f32[3]<'a'", "bounds are numbers"),
         ("f32[3]<True", "bounds are numbers"),
+        ("f32[99999999999,99]", "an array of this shape cannot be made: "),
+        ("i64[99999999999999999999]", "an array of this shape cannot be made: "),
         ("missing.npy", "cannot read the file: "),
     ],
 )

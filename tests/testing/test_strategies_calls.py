@@ -111,6 +111,10 @@ class TestText:
         with pytest.raises(AxisSpecError, match=r"cannot be read. Write the axes .*'\(n,k\),\(k\)->\(n\)'"):
             simplest(batched_calls(text))
 
+    def test_sizes_of_names_that_are_not_there(self):
+        with pytest.raises(AxisSpecError, match=r"sizes has 'k', but the signature '\(n\)->\(n\)' has no such name"):
+            simplest(batched_calls("(n)->(n)", sizes={"k": 2}))
+
 
 # --- signatures as stand-ins -----------------------------------------------------------------------------------------
 

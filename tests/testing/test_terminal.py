@@ -111,3 +111,9 @@ def test_without_rich(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     with pytest.raises(ImportError, match=r"print_report needs rich, .*: pip install 'torchbatch\[testing\]'"):
         print_report(Report("f"))
+
+
+def test_a_program_of_pages_is_left_out():
+    file = io.StringIO()
+    print_report(dataclasses.replace(Report("f"), reproducer="x = 1\n" * 3000), file)
+    assert "The program has 3000 lines with the numbers in it." in file.getvalue() and "x = 1" not in file.getvalue()

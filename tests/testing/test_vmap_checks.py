@@ -21,6 +21,7 @@ from torchbatch.errors import (
     EquivalenceError,
     InputTypeError,
     RandomnessError,
+    UnmappedOutputError,
 )
 from torchbatch.testing import failing_program, ways
 from torchbatch.testing.gradients import Differences, Slope
@@ -248,6 +249,12 @@ def test_the_loop_excuses_what_it_is_itself_off():
     assert failed(lambda x: x.sum(), x, batched=lambda x: batched(x) + 0.1, backends=(), derivatives=())
 
 
+@pytest.mark.parametrize(("dtype", "off"), [(torch.bfloat16, 0.12), (torch.float16, 0.015)])
+def test_coarse_numbers_are_no_excuse(dtype, off):
+    options = {"batched": lambda x: x.abs() * (1 + off), "backends": (), "derivatives": (), "variants": False}
+    assert failed(torch.abs, X.to(dtype), **options).failures[0].problem == "values"
+
+
 def test_ties_are_not_excused():
     x = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     report = failed(torch.amax, x, batched=lambda x: x.max(1).values, backends=())
@@ -274,6 +281,11 @@ def test_differences_agree_with_both_modes(fun):
     assert found.slope.smooth
     for derivative in (found.reverse(), found.forward()):
         assert found.compared(derivative).passed and not found.compared(derivative * 1.0001 + 1e-5).passed
+
+
+@pytest.mark.parametrize("fun", [torch.reciprocal, torch.log, lambda x: (1000 * x).exp()], ids=range(3))
+def test_differences_of_what_is_infinite_say_nothing(fun):
+    assert check_vmap(fun, torch.tensor([[0.0, 1.0], [2.0, 0.0]]), backends=("eager",), variants=False).passed
 
 
 def test_next_to_a_kink_differences_are_taken_beside_it():
@@ -390,6 +402,15 @@ def test_a_program_runs_what_failed(kind, name, text):
         ({"in_axes": "rows"}, AxisSpecError, "in_axes must be an int"),
         ({"in_axes": ({"a": 0},)}, AxisError, "in_axes"),
         ({"axis_size": 4}, AxisError, "different sizes"),
+        ({"out_axes": 5}, AxisError, "out_axes is 5 for the output, which has 2 dimensions"),
+        ({"out_axes": {"a": 0}}, AxisError, "out_axes must be a tree prefix"),
+        ({"out_axes": None}, UnmappedOutputError, "the output differs between samples, but its out_axes is None"),
+        ({"axis_name": ["i"]}, AxisSpecError, "axis_name must be hashable, but it is ['i']"),
+        ({"kwargs": [X]}, AxisSpecError, "kwargs must be a dict of arguments by name, or None, but it is [tensor("),
+        ({"kwargs": {1: X}}, AxisSpecError, "kwargs must be a dict of arguments by name"),
+        ({"seed": -1}, AxisSpecError, "seed must be a whole number from 0 up to 2**64 - 1, but it is -1"),
+        ({"seed": 1.5}, AxisSpecError, "but it is 1.5"),
+        ({"seed": 2**64}, AxisSpecError, "seed must be a whole number"),
     ],
 )
 def test_bad_use(options, error, text):
@@ -406,6 +427,39 @@ def test_bad_arguments():
         check_vmap(lambda x, name: x, X, "name")
     with pytest.raises(AxisNameError, match="looks across the samples, by the axis name 'i'"):
         check_vmap(lambda x: lax.psum(x, "i"), X, axis_name="i")
+
+
+def test_errors_about_axes_within_the_function_are_errors_like_others():
+    report = check_vmap(lambda x: tb.vmap(torch.sin, in_axes=3)(x), X, backends=("eager",))
+    assert report.passed and "both raise AxisError" in report.checks[0].message
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_derivatives_are_checked_where_none_are_recorded(mode):
+    with mode():
+        assert check_vmap(torch.sin, X, backends=("eager",), variants=False).passed
+        report = check_vmap(torch.sin, X, batched=lambda x: x.detach().sin(), backends=(), raise_on_failure=False)
+        assert not torch.is_grad_enabled()
+    assert report.failures[0].name == "batched, reverse-mode gradient, as given"
+
+
+@pytest.mark.parametrize(
+    "fun", [torch.sqrt, lambda x: 1 / x, lambda x: (1000 * x).exp(), lambda x, w: (x + w).sqrt() + w.sqrt()], ids=range(4)
+)
+def test_infinite_derivatives_are_the_same_in_nested_maps(fun):
+    args = (torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.zeros(2))[: fun.__code__.co_argcount if hasattr(fun, "__code__") else 1]
+    assert check_vmap(fun, *args, in_axes=(0, None)[: len(args)], backends=("nested",), variants=False).passed
+
+
+def test_a_loop_that_pytorch_cannot_differentiate_says_nothing_about_derivatives():
+    report = check_vmap(lambda x: x.float() * 2, X.to(torch.float8_e4m3fn), backends=("eager",), variants=False)
+    skipped = [check for check in report.checks if check.status == "skipped"]
+    assert report.passed and skipped[0].name == "eager, reverse-mode gradient, as given"
+    assert skipped[0].message.startswith("PyTorch cannot differentiate the loop: NotImplementedError: ")
+
+
+def test_the_largest_seed_is_one():
+    check_vmap(lambda x: x + torch.rand(3), X, randomness="different", backends=("eager",), seed=2**64 - 1)
 
 
 def test_failures_need_not_raise():

@@ -148,7 +148,7 @@ def multilabel_margin_loss(_: Any, x: Tensor, target: Tensor, reduction: int = 1
     classes = torch.arange(rows.shape[-1], device=x.device)
     wanted = ((target.reshape(rows.shape).unsqueeze(-1) == classes) & named.reshape(rows.shape).unsqueeze(-1)).any(-2)
     scores = rows.gather(-1, torch.where(named, target, 0).reshape(rows.shape))
-    short = (1 - scores.unsqueeze(-1) + rows.unsqueeze(-2)).clamp(min=0)
+    short = (1 - scores.unsqueeze(-1) + rows.unsqueeze(-2)).relu()  # no derivative at zero, unlike clamp
     counted = named.reshape(rows.shape).unsqueeze(-1) & ~wanted.unsqueeze(-2)
     loss = torch.where(counted, short, 0.0).sum((-2, -1)) / max(rows.shape[-1], 1)
     loss = loss.mean() if reduction == 1 else loss.sum() if reduction == 2 else loss

@@ -396,6 +396,6 @@ def embedding_bag(
 def _pooled(rows: Tensor, member: Tensor, count: Tensor, mode: int) -> Tensor:
     if mode == 2:
         filled = torch.where(member.unsqueeze(-1), rows, -torch.inf)
-        return torch.where(count.unsqueeze(-1) > 0, filled.amax(1), 0.0) if rows.shape[0] else filled.sum(1)
+        return torch.where(count.unsqueeze(-1) > 0, filled.max(1).values, 0.0) if rows.shape[0] else filled.sum(1)
     total = member.to(rows.dtype) @ rows
     return total / count.clamp(min=1).unsqueeze(-1) if mode == 1 else total

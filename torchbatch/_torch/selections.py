@@ -1,8 +1,12 @@
-"""``max()``, ``min()``, ``median()`` and ``nanmedian()`` of a whole sample, where several elements are equal to the result.
+"""Operators that select, whose derivative PyTorch's batching rules get wrong where it is taken outside the map.
 
-Without ``vmap`` all of them share the derivative. PyTorch's batching rules take the element at one place, which gets all of
-it if the derivative is taken outside the map; and they refuse the median of a sample without elements. These rules replace
-them, for ``torch.func.vmap`` too. They are rules, not overlays: a derivative inside the map is right as it is.
+``max()``, ``min()``, ``median()`` and ``nanmedian()`` of a whole sample: without ``vmap``, all elements that are equal to the
+result share the derivative. PyTorch's rules take the element at one place, which gets all of it; and they refuse the median
+of a sample without elements. ``select_scatter``: PyTorch's rule writes what is given along the whole axis, and so sums the
+derivative over it.
+
+These rules replace them, for ``torch.func.vmap`` too. They are rules, not overlays: a derivative inside the map is right as
+it is.
 
 Private names used, seen on torch 2.11, 2.13 and 2.15: those of :mod:`torchbatch._torch.batching` and
 :mod:`torchbatch._torch.levels`.
@@ -72,15 +76,25 @@ def _is_differentiated(x: Tensor) -> bool:
 def _even(rows: Tensor, values: Tensor) -> Tensor:
     """``values``, one for each row, with the derivative of the mean of the elements that are equal to it.
 
-    The mean itself may be off by a rounding, so it adds no more than its derivative. Infinities have no difference, but a sum
-    of them is exact. The halves keep a sum of the largest numbers finite.
+    What is taken from a value is a mean of differences that are zero, so it keeps all its digits and its sign. An infinite
+    value has no such difference: twice of it is as infinite.
     """
     axes = tuple(range(1, rows.dim()))
     wide = values.reshape(-1, *[1] * len(axes))
     equal = (rows == wide) | (rows.isnan() & wide.isnan())
-    parts = torch.where(equal, rows, 0) / (2 * equal.sum(axes, keepdim=True))
-    half = parts.sum(axes)
-    return torch.where(values.isfinite(), values - 2 * (half.detach() - half), 2 * half)
+    zeros = torch.where(equal, wide.nan_to_num(0.0, 0.0, 0.0) - rows, 0)
+    return values - zeros.sum(axes) / equal.sum(axes)
+
+
+def _select_scatter(x: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    """A slice of length one, written."""
+    if x.select(dim, index).shape != src.shape:
+        raise RuntimeError(
+            f"select_scatter: src has the shape {tuple(src.shape)}, but the part of the sample that it replaces has "
+            f"{tuple(x.select(dim, index).shape)}."
+        )
+    axis, place = dim % x.dim(), index % x.shape[dim]
+    return x.slice_scatter(src.unsqueeze(axis), axis, place, place + 1)
 
 
 _library = torch.library.Library("aten", "IMPL")
@@ -89,3 +103,4 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=".*overrid", category=UserWarning)
     for _name, _select in _ROWS.items():
         _library.impl(_name, _rule(_name, _select), batching.NAME)
+    _library.impl("select_scatter", _select_scatter, batching.NAME)

@@ -75,8 +75,9 @@ class Alignment:
         run, other = (self.first, self.second) if side == 0 else (self.second, self.first)
         numbers = run.steps[place].values.numbers
         _, ways = _unshared(other, self.shared[1 - side], outputs)
-        pairs = ((turned(numbers, other.steps[found].values.numbers), found) for found in sorted(ways))
-        fitting = [(_distance(x, other.steps[found].values.numbers), found) for x, found in pairs if x is not None]
+        found = [(place, other.steps[place].values.numbers) for place in sorted(ways)]
+        pairs = [(turned(numbers, theirs), theirs, place) for place, theirs in found if _kind(theirs) == _kind(numbers)]
+        fitting = [(_distance(x, theirs), place) for x, theirs, place in pairs if x is not None]
         return min(fitting)[1] if fitting else None
 
     def agreed(self, place: int) -> int:
@@ -192,6 +193,11 @@ def _orders(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarr
     for axes in itertools.permutations(range(a.ndim)):
         if tuple(a.shape[axis] for axis in axes) == b.shape:
             yield a.transpose(axes), b
+
+
+def _kind(numbers: np.ndarray) -> str:
+    """Bools, whole numbers or others: only numbers of one kind can be compared."""
+    return {"b": "bool", "i": "whole", "u": "whole"}.get(numbers.dtype.kind, "real or complex")
 
 
 def turned(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:

@@ -29,13 +29,13 @@ def assert_close(
 
     Args:
         got, expected: the trees.
-        rtol, atol: ``|got - expected| <= atol + rtol * |expected|`` is allowed. If only one is given the other is 0; if none is,
-            both follow from the dtype, the work and the reference. Whole numbers and bools are then equal or not.
+        rtol, atol: ``|got - expected| <= atol + rtol * |expected|`` is allowed. If only one is given the other is 0. If none is,
+            they are those of ``torch.testing.assert_close``; with ``work`` or a reference they follow from these, and ``atol``
+            from the largest number of the leaf, since sums cancel. Whole numbers and bools are then equal or not.
         reference: the same tree in float64, which says who is off, and how far rounding may go.
         dtypes: whether dtypes must be equal; if not, they must still be of one kind (bool, whole, real, complex).
         devices: whether devices must be equal.
-        work: how much was computed, if the tolerance follows from it; by default a thousand operations, and sums of ten thousand
-            numbers.
+        work: how much was computed, if the tolerance is to follow from it.
         where: what to call the trees.
 
     Returns:
@@ -57,16 +57,13 @@ def assert_close(
 
     Source: ``torch.testing.assert_close``, ``numpy.testing.assert_allclose``.
     """
-    rules = Rules(_tolerance(rtol, atol), work or _UNKNOWN, dtypes, devices)
+    rules = Rules(_tolerance(rtol, atol), work, dtypes, devices)
     leaves = compare(got, expected, reference, rules, where)
     return Report("assert_close", (Check.of_leaves("got", "expected", where, "as given", leaves),)).raise_if_failed()
 
 
-_UNKNOWN = Work(1000, 10_000)
-
-
 def _tolerance(rtol: float | None, atol: float | None) -> Tolerance | None:
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if value is not None and not (isinstance(value, int | float) and value >= 0):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
             raise AxisSpecError(f"assert_close: {name} must be a number from 0 up, but it is {value!r}.")
     return None if rtol is None and atol is None else Tolerance(float(rtol or 0), float(atol or 0))

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from torchbatch import tree
-from torchbatch.testing.tolerance import EXACT, Tolerance, Work, choose
+from torchbatch.errors import InputTypeError
+from torchbatch.testing.tolerance import EXACT, Tolerance, Work, choose, customary
 from torchbatch.testing.values import FORMATS, Values, is_array, read
 
 #: What may be wrong with a leaf, the first that applies: everything after it could not be compared.
@@ -90,14 +91,14 @@ class Rules:
 
     Attributes:
         tolerance: what is allowed for numbers; None to choose it from dtype, work and reference.
-        work: how much was computed.
+        work: how much was computed; None if nobody knows, then without a reference the tolerance is the customary one.
         dtypes: whether dtypes must be equal; if not, they must be of one kind (bool, whole, real, complex).
         devices: whether devices must be equal.
         numbers: whether a Python number may stand for an array without axes.
     """
 
     tolerance: Tolerance | None = None
-    work: Work = dataclasses.field(default_factory=Work)
+    work: Work | None = dataclasses.field(default_factory=Work)
     dtypes: bool = True
     devices: bool = True
     numbers: bool = False
@@ -121,7 +122,7 @@ def compare(
     """
     rules = rules or Rules()
     mine, theirs = _paths(got, where), _paths(expected, where)
-    problem = _structures(got, expected, mine, theirs)
+    problem = _structures(got, expected, mine, theirs, where)
     if problem is not None:
         return [LeafDifference(where, "structure", problem, _outline(mine), _outline(theirs))]
     aside = _paths(reference, where)
@@ -151,15 +152,26 @@ def _paths(value: Any, where: str) -> dict[str, Any]:
     return {where + tree.keystr(path): leaf for path, leaf in found}
 
 
-def _structures(got: Any, expected: Any, mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+def _structures(got: Any, expected: Any, mine: dict[str, Any], theirs: dict[str, Any], where: str) -> str | None:
     """What is wrong with the containers of a tree, if anything is."""
     if mine.keys() != theirs.keys():
         missing, more = theirs.keys() - mine.keys(), mine.keys() - theirs.keys()
+        if where in mine or where in theirs:
+            return f"{_form(got, mine)} instead of {_form(expected, theirs)}"
         parts = [f"{word} {', '.join(sorted(names)[:4])}" for word, names in (("lacks", missing), ("has", more)) if names]
         return f"the output {' and '.join(parts)}"
     if tree.structure(got) != tree.structure(expected):
-        return f"the containers differ: {tree.structure(got)} instead of {tree.structure(expected)}"
+        containers = [str(tree.structure(value)).removeprefix("PyTreeSpec(")[:-1] for value in (got, expected)]
+        return f"the containers differ: {containers[0]} instead of {containers[1]}"
     return None
+
+
+def _form(value: Any, paths: dict[str, Any]) -> str:
+    """What a tree is, in a few words: a leaf, a container with leaves, or None."""
+    if value is None:
+        return "None"
+    inside = "" if any(leaf is value for leaf in paths.values()) else f" of {_outline(paths)}"
+    return f"a {type(value).__name__}{inside}"
 
 
 def _outline(paths: dict[str, Any]) -> str:
@@ -171,9 +183,20 @@ def _compare_objects(where: str, got: Any, expected: Any) -> LeafDifference:
     names = (type(got).__name__, type(expected).__name__)
     if type(got) is not type(expected):
         return LeafDifference(where, "type", f"{where} is a {names[0]} instead of a {names[1]}", *names)
-    if got is expected or bool(got == expected):
+    if got is expected or _equal(where, got, expected):
         return LeafDifference(where, None, "", *names)
     return LeafDifference(where, "values", f"{where} is {got!r} instead of {expected!r}", *names, differing=1, size=1)
+
+
+def _equal(where: str, got: Any, expected: Any) -> bool:
+    try:
+        return bool(got == expected)
+    except Exception as error:
+        raise InputTypeError(
+            f"{where} is a {type(got).__name__}, which is neither an array nor a container that is known, and == cannot say "
+            f"whether two are equal: {type(error).__name__}: {error}. Compare its parts, or make it a container: "
+            f"torchbatch.tree.register_dataclass."
+        ) from error
 
 
 def _outside(a: Values, b: Values, rules: Rules) -> tuple[str, str] | None:
@@ -198,7 +221,8 @@ def _kind(values: Values) -> str:
 
 
 def _compare_numbers(where: str, a: Values, b: Values, c: Values | None, rules: Rules) -> LeafDifference:
-    tolerance = rules.tolerance or choose(a, b, c, rules.work)
+    chosen = customary(a, b) if rules.work is None and c is None else choose(a, b, c, rules.work)
+    tolerance = rules.tolerance or chosen
     x, y = _common(a.numbers, b.numbers)
     finite = np.isfinite(x) & np.isfinite(y)
     apart = _apart(x, y, finite)
@@ -233,7 +257,7 @@ def _compare_numbers(where: str, a: Values, b: Values, c: Values | None, rules: 
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both in one type that holds either; whole numbers of different signs as Python's, which have no limits."""
+    """Both in one type that holds either; whole numbers with and without a sign as float64, where they are large."""
     if a.dtype == b.dtype:
         return a, b
     if {a.dtype.kind, b.dtype.kind} == {"i", "u"}:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.fx import Graph, GraphModule, Node
 
@@ -85,8 +86,20 @@ class Version:
     def steps(self, args: Any) -> Steps:
         """All that it computes on the way to its output."""
         with self.framework.context():
-            given = self.framework.arrays(args)
-            return of_jax(self.fun, given) if self.framework.name == "jax" else of_torch(self.fun, given)
+            fun, given = _of_arrays(self.fun, self.framework.arrays(args))
+            return of_jax(fun, given) if self.framework.name == "jax" else of_torch(fun, given)
+
+
+def _of_arrays(fun: Fun, args: Any) -> tuple[Fun, list[Any]]:
+    """A function of the arrays among its arguments, and these: numbers and texts stay what they are in a trace."""
+    leaves, structure = tree.flatten(tuple(args))
+    places = [place for place, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
+
+    def of_arrays(*arrays: Any) -> Any:
+        given = dict(zip(places, arrays, strict=True))
+        return fun(*tree.unflatten(structure, [given.get(place, leaf) for place, leaf in enumerate(leaves)]))
+
+    return of_arrays, [leaves[place] for place in places]
 
 
 def first_divergence(
@@ -189,7 +202,7 @@ def _between(versions: Sequence[Version], runs: Sequence[Steps], tolerance: Tole
     for version, here, there, run in ((versions[0], a, x, mine), (versions[1], b, y, theirs)):
         found = found if here == there else _against(found, version.name, run.steps[there])
     first, second = _place(versions[0].name, mine.steps[a]), _place(versions[1].name, theirs.steps[b])
-    return Divergence(first, second, found, alignment.agreed(a), _hint(alignment.shared, a, b))
+    return Divergence(first, second, found, alignment.agreed(a), _hint(alignment, a, b))
 
 
 def _comparable(alignment: Alignment, a: int, b: int, outputs: Sequence[int]) -> tuple[int, int]:
@@ -229,8 +242,10 @@ def _against(found: LeafDifference, version: str, step: Step) -> LeafDifference:
     return dataclasses.replace(found, message=f"compared at the {step.operation} of {version}: {found.message}")
 
 
-def _hint(shared: Sequence[Sequence[bool]], a: int, b: int) -> str:
-    if shared[0][a] and shared[1][b]:
+def _hint(alignment: Alignment, a: int, b: int) -> str:
+    x, y = (np.sort(run.steps[place].values.numbers, axis=None) for run, place in ((alignment.first, a), (alignment.second, b)))
+    shared = alignment.shared[0][a] and alignment.shared[1][b] and x.shape == y.shape
+    if shared and np.allclose(x, y, rtol=1e-4, equal_nan=True):
         return "Both hold the same numbers, in another order: look at the axes."
     return ""
 

@@ -179,7 +179,7 @@ def legend() -> str:
 
 
 def blame_bar(name: str, off: float) -> str:
-    """How far a run is off the float64 reference, in tolerances, on a logarithmic scale with a mark at 1."""
+    """How far a run is off the reference, in tolerances, on a logarithmic scale with a mark at 1."""
     share = 100.0 if not math.isfinite(off) else 100 * (math.log10(min(max(off, 1e-4), 1e6)) + 4) / 10
     kind = "within" if off <= 1 else "beyond"
     amount = f"{off:.3g} × the tolerance" if math.isfinite(off) else "not finite where the reference is, or the reverse"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -163,7 +164,8 @@ class Differences:
         slope = (4 * narrow - wide) / 3
         gap, half_gap = abs(up - 2 * middle + down) / step, 2 * abs(half_up - 2 * middle + half_down) / step
         noise = 64 * size * torch.finfo(torch.float64).eps / step
-        return Slope(slope, 8 * abs(slope - narrow) + half_gap + noise, half_gap <= 0.75 * gap + noise + 1e-4 * abs(slope))
+        smooth = math.isfinite(gap) and half_gap <= 0.75 * gap + noise + 1e-4 * abs(slope)
+        return Slope(slope, 8 * abs(slope - narrow) + half_gap + noise, smooth)
 
     def reverse(self) -> float:
         """The same derivative by reverse mode."""

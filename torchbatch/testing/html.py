@@ -239,7 +239,7 @@ def _facts(leaf: LeafDifference, check: Check) -> Iterable[tuple[str, str]]:
     yield f"{text(check.run)} there", f"<code>{text(worst.got)}</code>"
     yield f"{text(check.against)} there", f"<code>{text(worst.expected)}</code>"
     if worst.reference is not None:
-        yield "float64 reference there", f"<code>{text(worst.reference)}</code>"
+        yield f"{text(check.reference)} there", f"<code>{text(worst.reference)}</code>"
 
 
 def _blame(leaf: LeafDifference, check: Check) -> str:
@@ -249,7 +249,7 @@ def _blame(leaf: LeafDifference, check: Check) -> str:
     blamed = leaf.blamed(check.run, check.against)
     sentence = {"": "neither is off", "both": "both are off"}.get(blamed, f"{blamed} is off")
     bars = drawing.blame_bar(check.run, leaf.got_off) + drawing.blame_bar(check.against, leaf.expected_off)
-    return f'<p>By the float64 reference, <b>{text(sentence)}</b>:</p><div class="blames">{bars}</div>'
+    return f'<p>By the {text(check.reference)}, <b>{text(sentence)}</b>:</p><div class="blames">{bars}</div>'
 
 
 def _scale(leaf: LeafDifference) -> str:

@@ -425,11 +425,12 @@ def _zeros(tensor: torch.Tensor, axis: int) -> torch.Tensor:
 
 def _other_numbers(tensor: torch.Tensor, axis: int) -> torch.Tensor:
     """A sample unlike the only one, or unlike zeros; integers, which may be indices, stay."""
-    sample = (tensor.select(axis, 0) if tensor.shape[axis] else _zeros(tensor, axis)).detach()
+    known = tensor.select(axis, 0) if tensor.shape[axis] else _zeros(tensor, axis)
+    sample = known.detach()
     if not (sample.is_floating_point() or sample.is_complex()):
         return sample.clone()
     other = torch.where(sample == 0, torch.ones_like(sample), sample * 1.5)
-    return other.requires_grad_() if tensor.requires_grad else other  # inside jvp it may not be called at all
+    return torch.where(torch.ones_like(sample, dtype=torch.bool), other, known)  # requires a gradient, if the sample does
 
 
 def _generators() -> list[torch.Tensor]:

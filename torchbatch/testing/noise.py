@@ -69,6 +69,42 @@ def _apart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return apart
 
 
+def strays(value: Any, reference: Any, near: Sequence[Any]) -> bool:
+    """Whether most numbers of a leaf that are far from the same run in float64 are so for another reason than rounding.
+
+    Rounding does what the last place of the inputs does. If nothing happens then, or the same step each time or none at all, it
+    is a choice: of ``round``, ``argmax``, a comparison, or a draw.
+
+    Args:
+        value: the leaf.
+        reference: the leaf in float64.
+        near: the leaf for inputs that differ in the last place.
+    """
+    off, far = _far(value, reference)
+    others = [read(other).numbers for other in near if is_array(other) and read(other).shape == off.shape]
+    if not far.any() or len(others) < len(near):
+        return False
+    moves = np.stack([_apart(read(value).numbers, other) for other in others])
+    most = moves.max(0)
+    steps = ((moves < 0.01 * most) | (moves > 0.99 * most)).all(0)
+    return float((steps | (_TIMES * most < off))[far].mean()) > 0.5
+
+
+def is_far(value: Any, reference: Any) -> bool:
+    """Whether a leaf is so far from the same run in float64 that one has to ask why."""
+    return bool(_far(value, reference)[1].any())
+
+
+def _far(value: Any, reference: Any) -> tuple[np.ndarray, np.ndarray]:
+    """How far numbers are from a reference, and which of them are too far."""
+    values = [read(leaf) for leaf in (value, reference) if is_array(leaf)]
+    if len(values) < 2 or values[0].format is None or values[0].shape != values[1].shape:
+        return np.zeros(0), np.zeros(0, bool)
+    off = _apart(values[0].numbers, values[1].numbers)
+    exact = np.abs(values[1].numbers)
+    return off, off > _MOST * np.where(np.isfinite(exact), exact, 0.0).max(initial=0.0)
+
+
 def forgiven(
     leaves: Sequence[LeafDifference],
     got: Any,

@@ -24,6 +24,7 @@ from torchbatch.testing.precision import precision_policy
 from torchbatch.testing.report import Check, Report
 from torchbatch.testing.tolerance import Tolerance
 from torchbatch.testing.variants import Call, call_of, copied
+from torchbatch.testing.verdicts import writes_compared
 from torchbatch.testing.ways import LOOP, ways
 
 Fun = Callable[..., Any]
@@ -107,6 +108,9 @@ def run_marked(fun: Fun, values: Mapping[str, Any], backend: str, in_axes: Any =
     __tracebackhide__ = True
     if hasattr(fun, "hypothesis"):
         raise AxisSpecError("the marker torchbatch does not go with @given: use the fixture batched within the test instead.")
+    unknown = [name for name in options if name not in inspect.signature(Batched.__call__).parameters]
+    if unknown:
+        raise AxisSpecError(f"the marker torchbatch has no option {unknown[0]!r}; pytest --markers lists those that it has.")
     names = [name for name in inspect.signature(fun).parameters if name in values]
     mapped = Batched(backend)(fun, _axes(in_axes, names), out_axes, **options)
     result = mapped(*(values[name] for name in names))
@@ -162,7 +166,7 @@ def _held(run: _Run) -> Any:
     got, rules = _in_jax(run) if run.backend == "jax" else _in_torch(run)
     seconds = time.perf_counter() - start
     expected = _loop(aside)
-    leaves = _compared(run, got, expected, rules, aside)
+    leaves = [*_compared(run, got, expected, rules, aside), *_written(run, aside)]
     check = Check.of_leaves(run.backend, "loop", "values", "as given", leaves, seconds)
     if check.status == "failed":
         raise EquivalenceError(f"{run.backend} does not give what the loop gives: {check.message}", _report(run, check))
@@ -213,6 +217,13 @@ def _compared(run: _Run, got: Any, expected: Any, rules: Rules, aside: Call) -> 
     return compare(got, expected, _reference(aside), rules)
 
 
+def _written(run: _Run, aside: Call) -> list[LeafDifference]:
+    """The arguments that are not as the loop leaves them. JAX writes into none, and ``nested`` runs on copies."""
+    if run.backend in ("jax", "nested") or aside.randomness != "error":
+        return []
+    return writes_compared(run.call.names, run.call.tensors, aside.tensors, run.rules)
+
+
 def _zeros(leaf: Any) -> Any:
     return torch.zeros_like(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
@@ -245,4 +256,3 @@ def _report(run: _Run, check: Check) -> Report:
         precision=precision_policy(),
         arguments=arguments,
     )
-

@@ -57,7 +57,7 @@ def _seeded(flat: Flat, call: Call, seed: int) -> Outcome:
     """One run from a state of the generators; they are left as they were."""
     inputs = [copied(tensor) for tensor in call.tensors]
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**64)
         return attempt(lambda: flat(inputs))
 
 

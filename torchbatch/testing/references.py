@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch.overrides import TorchFunctionMode
 import torchbatch
 from torchbatch import tree
 from torchbatch.errors import AxisSpecError
-from torchbatch.testing.frameworks import Fun, framework, wide
+from torchbatch.random import words as random_words
+from torchbatch.testing.frameworks import Fun, MissingTransformError, framework, wide
 from torchbatch.testing.intermediates import of_jax
 from torchbatch.testing.multiprecision import run_exactly
+from torchbatch.testing.optional import require
 from torchbatch.testing.tolerance import Work
 from torchbatch.testing.transformed import Options, transformed
 
@@ -30,6 +33,8 @@ _RANDOM = frozenset(
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout rrelu poisson exponential_ geometric_ "
     "log_normal_ cauchy_ random_ gumbel_softmax".split()
 )
+_DRAWS = "it draws random numbers ({}), which are others in float64"
+_KEYED = random_words.__name__  # where all of torchbatch.random makes its bits
 
 
 class NoReferenceError(Exception):
@@ -47,18 +52,21 @@ def in_float64(name: str, fun: Fun, names: Sequence[str], options: Options, tens
 
     Raises:
         NoReferenceError: it draws random numbers, which are others in float64; or it fails.
+        MissingTransformError: the framework has no such transform.
     """
     way = framework(name, (), x64=True)
-    upcast = _upcast(fun) if name == "torch" else fun
-    names = [transform for transform in names if transform != "jit"]
+    run = transformed(way, _upcast(fun) if name == "torch" else fun, [each for each in names if each != "jit"], options)
     try:
         with way.context(), _default_float64(name):
-            return transformed(way, upcast, names, options)(*way.arrays(wide(tensors)))
-    except NoReferenceError:
+            args = way.arrays(wide(tensors))
+            if name == "jax" and _draws_in_jax(run, args):
+                raise NoReferenceError(_DRAWS.format("jax.random"))
+            return run(*args)
+    except (NoReferenceError, MissingTransformError, ImportError):
         raise
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # such as an AssertionError of a function that wants float32
         text = (str(error).strip().splitlines() or [""])[0]
-        raise NoReferenceError(f"in float64 it raises {type(error).__name__}: {text}") from error
+        raise NoReferenceError(f"in float64 it raises {type(error).__name__}{': ' if text else ''}{text}") from error
 
 
 def with_digits(fun: Fun, names: Sequence[str], options: Options, tensors: Any, digits: int = 50) -> Any:
@@ -110,7 +118,9 @@ class _Float64(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in _RANDOM and not _idle(name, args, kwargs or {}):
-            raise NoReferenceError(f"it draws random numbers ({name}), which are others in float64")
+            raise NoReferenceError(_DRAWS.format(name))
+        if sys._getframe(1).f_globals.get("__name__") == _KEYED:
+            raise NoReferenceError(_DRAWS.format("torchbatch.random"))
         if func in _CASTS:
             func = torch.Tensor.double
         written = args[:1] if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) else ()
@@ -151,6 +161,34 @@ def _default_float64(name: str) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+# --- random numbers in JAX --------------------------------------------------------------------------------------------
+
+
+def _draws_in_jax(fun: Fun, args: Any) -> bool:
+    """Whether a JAX function makes random numbers; False if it cannot be traced, since its values decide in Python."""
+    jax = require("jax", "a float64 reference", "jax")
+    leaves, structure = tree.flatten(tuple(args))
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+    def of_arrays(*arrays: Any) -> Any:
+        given = dict(zip(places, arrays, strict=True))
+        fun(*tree.unflatten(structure, [given.get(place, leaf) for place, leaf in enumerate(leaves)]))
+
+    with contextlib.suppress(TypeError, IndexError):  # JAX's errors where a value is asked for
+        return "random_bits" in _primitives(jax.make_jaxpr(of_arrays)(*(leaves[place] for place in places)).jaxpr)
+    return False
+
+
+def _primitives(jaxpr: Any) -> Iterator[str]:
+    """The names of the operations of a jaxpr, and of those inside them."""
+    for equation in jaxpr.eqns:
+        yield str(equation.primitive.name)
+        for value in equation.params.values():
+            for each in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(each, "jaxpr", each)
+                yield from _primitives(inner) if hasattr(inner, "eqns") else ()
+
+
 # --- how much is computed --------------------------------------------------------------------------------------------
 
 _PRODUCTS = frozenset(
@@ -167,11 +205,12 @@ class Counter(TorchFunctionMode):
         operations: how many there were.
         longest: the longest sum.
         largest: the size of the largest result.
+        narrow: whether a result held numbers of 16 bits or fewer.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations, self.longest, self.largest = 0, 1, 1
+        self.operations, self.longest, self.largest, self.narrow = 0, 1, 1, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -179,6 +218,7 @@ class Counter(TorchFunctionMode):
         if isinstance(result, torch.Tensor) and name != "__get__":
             given = [leaf.numel() for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             self.add(name, given, result.numel())
+            self.narrow |= result.is_floating_point() and result.dtype.itemsize <= 2
         return result
 
     def add(self, name: str, given: Sequence[int], size: int) -> None:
@@ -191,7 +231,7 @@ class Counter(TorchFunctionMode):
         """The function, each call counted anew."""
 
         def counted(*args: Any) -> Any:
-            self.operations, self.longest, self.largest = 0, 1, 1
+            self.operations, self.longest, self.largest, self.narrow = 0, 1, 1, False
             with self:
                 return fun(*args)
 

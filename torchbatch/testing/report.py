@@ -13,6 +13,7 @@ from torchbatch.errors import EquivalenceError
 from torchbatch.testing.compare import LeafDifference
 
 _MOST_LEAVES = 5  # that the text of a failed check describes after the first
+_MOST_LINES = 200  # of a program that the text shows
 #: The statuses of a check.
 STATUSES = ("passed", "failed", "skipped")
 
@@ -45,7 +46,7 @@ class Check:
     Attributes:
         run: what was run, such as ``"eager"``, ``"jit"`` or ``"jax"``.
         against: what it was held against, such as ``"loop"``.
-        what: what was compared: ``"values"``, ``"reverse-mode gradient"``, ``"forward-mode gradient"``.
+        what: what was compared, such as ``"values"``, ``"reverse-mode gradient"``, ``"per-sample gradient"``, ``"vjp"``.
         variant: on which inputs: ``"as given"``, ``"batch of 1"``, ``"axes moved: in_axes=(1, None)"``.
         status: ``"passed"``, ``"failed"`` or ``"skipped"``.
         problem: None, ``"error"`` (one run raised an exception and the other none, or another kind), or what is wrong with the
@@ -54,6 +55,7 @@ class Check:
         message: what is wrong, or why it was skipped, or which error both raised; one line, or an error's text.
         leaves: every leaf that was compared.
         seconds: how long the run took, the first call included.
+        reference: what says which of the two is off, where something does.
     """
 
     run: str
@@ -65,20 +67,28 @@ class Check:
     message: str = ""
     leaves: tuple[LeafDifference, ...] = ()
     seconds: float = 0.0
+    reference: str = "float64 reference"
 
     @classmethod
     def of_leaves(
-        cls, run: str, against: str, what: str, variant: str, leaves: Sequence[LeafDifference], seconds: float = 0.0
+        cls,
+        run: str,
+        against: str,
+        what: str,
+        variant: str,
+        leaves: Sequence[LeafDifference],
+        seconds: float = 0.0,
+        reference: str = "float64 reference",
     ) -> Check:
         """A check that passed if all leaves did; it is named after the first leaf that did not."""
         wrong = [leaf for leaf in leaves if not leaf.passed]
         if not wrong:
-            return cls(run, against, what, variant, "passed", None, "", tuple(leaves), seconds)
+            return cls(run, against, what, variant, "passed", None, "", tuple(leaves), seconds, reference)
         first = wrong[0]
         blamed = first.blamed(run, against)
-        blame = f"; the float64 reference says that {blamed} is off" if blamed not in ("", "both") else ""
+        blame = f"; the {reference} says that {blamed} is off" if blamed not in ("", "both") else ""
         message = f"{first.where}: {first.message}{blame}"
-        return cls(run, against, what, variant, "failed", first.problem, message, tuple(leaves), seconds)
+        return cls(run, against, what, variant, "failed", first.problem, message, tuple(leaves), seconds, reference)
 
     @property
     def name(self) -> str:
@@ -181,7 +191,16 @@ def _lines(report: Report) -> Iterable[str]:
     if report.precision is not None and not report.passed:
         yield from (f"note: {warning}" for warning in report.precision.warnings())
     if report.reproducer:
-        yield from ("", "To reproduce it in plain PyTorch:", "", report.reproducer)
+        yield from ("", "To reproduce it in plain PyTorch:", "", program(report))
+
+
+def program(report: Report) -> str:
+    """The program that shows the first failure, or where it is if the numbers of its arguments would fill pages."""
+    lines = report.reproducer.count("\n")
+    if lines <= _MOST_LINES:
+        return report.reproducer
+    text = f"The program has {lines} lines with the numbers in it."
+    return f"{text} It is report.reproducer, and stands in the files of JSON and HTML."
 
 
 def summary(report: Report) -> str:

@@ -166,11 +166,14 @@ class _Reader:
         """An array by its dtype and shape, or keys by their shape."""
         name = node.value.id if isinstance(node.value, ast.Name) else ""
         shape = self._shape(node.slice)
-        if name == "key":
-            return tb.random.split(tb.random.key(self._seed()), shape)
-        if name not in DTYPES:
+        if name not in ("key", *DTYPES):
             raise self.error(f"there is no dtype {name!r}; there are {', '.join(_NAMES)}" if name else _GRAMMAR)
-        return self._drawn(DTYPES[name], shape, bounds)
+        try:
+            if name == "key":
+                return tb.random.split(tb.random.key(self._seed()), shape)
+            return self._drawn(DTYPES[name], shape, bounds)
+        except (RuntimeError, OverflowError, TypeError, MemoryError) as error:
+            raise self.error(f"an array of this shape cannot be made: {(str(error).splitlines() or [''])[0]}") from error
 
     def _shape(self, node: ast.AST) -> tuple[int, ...]:
         parts = node.elts if isinstance(node, ast.Tuple) else [node]

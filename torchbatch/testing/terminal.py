@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from torchbatch.testing.optional import require
-from torchbatch.testing.report import Check, Report, extent, summary
+from torchbatch.testing.report import Check, Report, extent, program, summary
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,7 +108,7 @@ def _below(report: Report, signs: bool) -> Iterator[Text]:
         yield from (Text.assemble(("note: ", "yellow"), warning) for warning in warnings)
     if report.reproducer:
         yield Text("\nTo reproduce it in plain PyTorch:\n")
-        yield Text(report.reproducer)
+        yield Text(program(report))
 
 
 def _lines(check: Check) -> Iterator[str]:
@@ -118,4 +118,4 @@ def _lines(check: Check) -> Iterator[str]:
         if not leaf.passed and not check.message.startswith(f"{leaf.where}: "):
             yield f"also {leaf.where}: {leaf.message}"
             blamed = leaf.blamed(check.run, check.against)
-            yield from [f"     the float64 reference says that {blamed} is off"] if blamed not in ("", "both") else []
+            yield from [f"     the {check.reference} says that {blamed} is off"] if blamed not in ("", "both") else []

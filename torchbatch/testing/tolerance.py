@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 
+from torchbatch.errors import AxisSpecError
 from torchbatch.testing.values import FORMATS, Values
-
 
 _NARROW, _NARROWEST = 8, 2  # how many last places a number of 16 bits, or of 8, may be off
 
@@ -34,11 +34,19 @@ class Tolerance:
         rtol: relative to the expected number.
         atol: absolute.
         why: one line that says how it was chosen.
+
+    Raises:
+        AxisSpecError: one of them is no number from 0 up.
     """
 
     rtol: float
     atol: float
     why: str = "given"
+
+    def __post_init__(self) -> None:
+        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise AxisSpecError(f"Tolerance: {name} must be a number from 0 up, but it is {value!r}.")
 
     def __str__(self) -> str:
         return f"rtol {self.rtol:.2g}, atol {self.atol:.2g} ({self.why})"
@@ -59,6 +67,18 @@ def rounding(format: str, work: Work) -> float:
     if epsilon < 1e-4:
         return min(epsilon * (8 + 2 * steps + math.sqrt(work.longest)), 0.5)
     return epsilon * min(2 + steps / 2, _NARROW if epsilon < 0.1 else _NARROWEST)
+
+
+def customary(got: Values, expected: Values) -> Tolerance:
+    """The tolerance of ``torch.testing.assert_close`` for the coarser of both formats; of float8, one last place."""
+    formats = [values.format for values in (got, expected) if values.format is not None]
+    if not formats:
+        return EXACT
+    coarser = max(formats, key=lambda name: FORMATS[name][0])
+    return Tolerance(*_CUSTOMARY.get(coarser, FORMATS[coarser]), f"customary for {coarser}")
+
+
+_CUSTOMARY = {"float64": (1e-7, 1e-7), "float32": (1.3e-6, 1e-5), "float16": (1e-3, 1e-5), "bfloat16": (1.6e-2, 1e-5)}
 
 
 def choose(got: Values, expected: Values, reference: Values | None = None, work: Work | None = None) -> Tolerance:

@@ -56,9 +56,9 @@ def parse_transform(transform: Any) -> tuple[str, ...]:
     Raises:
         AxisSpecError: there is no such transform.
     """
-    names = (transform,) if isinstance(transform, str) else tuple(transform)
+    names = tuple(transform) if isinstance(transform, tuple | list) else (transform,)
     for name in names:
-        if name not in TRANSFORMS:
+        if not isinstance(name, str) or name not in TRANSFORMS:
             known = ", ".join(repr(known) for known in TRANSFORMS)
             raise AxisSpecError(
                 f"check_equivalent: transforms holds {name!r}; known are {known}, and tuples of them, the outermost first, such "
@@ -116,7 +116,7 @@ class _Call:
         wanted = _wanted(options, owners, inexact)
         self._places = [place for place, owner in enumerate(owners) if owner in wanted and inexact[place]]
         self._owners = sorted({owners[place] for place in self._places})
-        self._paths = [_path_name(path, options.names) for path, _ in found]
+        self._paths = [path_name(path, options.names) for path, _ in found]
         if not self._places:
             raise MissingTransformError("no argument holds real or complex numbers only: there is nothing to differentiate by")
         self.picked = [self._leaves[place] for place in self._places]
@@ -171,7 +171,8 @@ def _wanted(options: Options, owners: Sequence[int], inexact: Sequence[bool]) ->
     return set(owners) - {owner for owner, fits in zip(owners, inexact, strict=True) if not fits}
 
 
-def _path_name(path: Any, names: Sequence[str]) -> str:
+def path_name(path: Any, names: Sequence[str]) -> str:
+    """What to call a leaf of the arguments: the argument's name, and the place in it."""
     entries = list(path)
     rest = tree.keystr(path)[len(f"[{entries[0].entry}]") :]
     return f"{names[entries[0].entry]}{rest}"

@@ -17,8 +17,12 @@ FORMATS: dict[str, tuple[float, float]] = {
     "bfloat16": (2.0**-7, 2.0**-126),
     "float8_e4m3fn": (2.0**-3, 2.0**-6),
     "float8_e5m2": (2.0**-2, 2.0**-14),
+    "float8_e4m3fnuz": (2.0**-3, 2.0**-7),
+    "float8_e5m2fnuz": (2.0**-2, 2.0**-15),
 }
 _REAL = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}
+_LONG = ("float96", "float128", "complex192", "complex256")  # NumPy's, which are compared as float64
+_KINDS = {"O": "Python objects", "U": "text", "S": "text", "M": "dates", "m": "times", "T": "text"}
 _WIDER = {torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 
 
@@ -26,7 +30,7 @@ class Values(NamedTuple):
     """An array as it is compared.
 
     Attributes:
-        numbers: NumPy's array of float64, complex128, int64, uint64 or bool: every number as it is.
+        numbers: NumPy's array of float64, complex128, int64, uint64 or bool: every number as it is, if one of these holds it.
         dtype: the name that all frameworks give the type, such as ``"bfloat16"``; ``"number"`` for a Python number.
         device: where the array was, such as ``"cpu"`` or ``"cuda:0"``.
     """
@@ -43,7 +47,7 @@ class Values(NamedTuple):
     @property
     def format(self) -> str | None:
         """The format of its floating-point numbers; None for whole numbers and bools."""
-        if self.dtype == "number":
+        if self.dtype == "number" or self.dtype in _LONG:
             return "float64" if self.numbers.dtype.kind in "fc" else None
         name = _REAL.get(self.dtype, self.dtype)
         return name if name in FORMATS else None
@@ -60,10 +64,10 @@ def is_array(value: Any) -> bool:
 
 
 def read(value: Any) -> Values:
-    """The numbers of a tensor, a NumPy or JAX array, or a Python number. Nothing is rounded.
+    """The numbers of a tensor, a NumPy or JAX array, or a Python number. Nothing but NumPy's long double is rounded.
 
     Raises:
-        InputTypeError: it is none of them.
+        InputTypeError: it is none of them, or has no numbers.
     """
     if isinstance(value, Values):
         return value
@@ -77,6 +81,9 @@ def read(value: Any) -> Values:
 
 
 def _of_tensor(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.is_meta or tensor.is_nested:
+        what = "on the device meta, which holds no numbers" if tensor.is_meta else "nested: compare the tensors in it"
+        raise InputTypeError(f"only arrays and numbers can be compared, but this tensor is {what}.")
     plain = tensor.detach().to_dense() if tensor.layout is not torch.strided else tensor.detach()
     plain = plain.dequantize() if plain.is_quantized else plain
     plain = plain.resolve_conj().resolve_neg().cpu()
@@ -91,8 +98,8 @@ def _wide(array: np.ndarray) -> np.ndarray:
         return array
     if array.dtype.kind in "iu":
         return array.astype(np.uint64 if array.dtype.kind == "u" else np.int64)
-    if array.dtype.kind == "O":
-        raise InputTypeError(f"an array of Python objects cannot be compared: {array!r}.")
+    if array.dtype.kind in _KINDS:
+        raise InputTypeError(f"an array of {_KINDS[array.dtype.kind]} cannot be compared: {array!r}.")
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
 
 

@@ -145,7 +145,7 @@ def spread(axes: Any, value: Any) -> list[Axis]:
 def copied(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that nobody else writes into, with the same strides where memory allows it."""
     plain = tensor.detach()
-    if plain.layout is not torch.strided:
+    if plain.layout is not torch.strided or plain.is_quantized:
         return plain.clone()
     base = plain[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in plain.stride())]
     reach = 1 + sum((size - 1) * stride for size, stride in zip(base.shape, base.stride(), strict=True))

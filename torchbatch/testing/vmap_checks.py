@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from torchbatch import tree
-from torchbatch.errors import AxisNameError, AxisSpecError, RandomnessError
+from torchbatch.errors import AxisError, AxisNameError, AxisSpecError, RandomnessError, UnmappedOutputError
 from torchbatch.testing import gradients
 from torchbatch.testing import randomness as draws
 from torchbatch.testing.compare import LeafDifference, Rules, compare
@@ -22,7 +22,7 @@ from torchbatch.testing.report import Check, Report
 from torchbatch.testing.tolerance import Tolerance, Work
 from torchbatch.testing.variants import Call, Variant, call_of, copied, order, spread, take
 from torchbatch.testing.variants import variants as all_variants
-from torchbatch.testing.verdicts import closer, distance, doubtful, flattened, leaves_compared, writes_compared
+from torchbatch.testing.verdicts import closer, distance, doubtful, flattened, leaves_compared, unspoiled, writes_compared
 from torchbatch.testing.ways import BACKENDS, LOOP, Flat, Way, hand_written, lacking
 from torchbatch.testing.ways import ways as all_ways
 
@@ -79,7 +79,7 @@ def check_vmap(
 
     Raises:
         EquivalenceError: something differs; ``error.report`` is the report.
-        AxisSpecError, AxisError, InputTypeError: those of ``vmap``, for axes that do not fit.
+        AxisSpecError, AxisError, InputTypeError, UnmappedOutputError: those of ``vmap``, for axes that do not fit.
         RandomnessError: the function draws random numbers, and ``randomness`` is ``"error"``.
         AxisNameError: the function looks across the samples, which a loop cannot.
 
@@ -99,11 +99,13 @@ def check_vmap(
         'batched, values, as given'
     """
     _check_options(fun, batched, backends, derivatives, randomness)
+    _check_values(kwargs, axis_name, seed)
     options = {"axis_name": axis_name, "axis_size": axis_size, "randomness": randomness}
     call = call_of(fun, args, dict(kwargs or {}), in_axes=in_axes, out_axes=out_axes, **options)
     chosen = [*([] if batched is None else [hand_written(batched)]), *all_ways(backends, call.size)]
     checker = _Checker(Variant("as given", call), chosen, tuple(derivatives), _tolerance(tolerance), seed)
-    checks = tuple(checker.drawn() if draws.is_drawn(call, seed) else checker.all(variants))
+    with torch.inference_mode(False), torch.enable_grad():  # what is checked of derivatives is checked wherever it is called
+        checks = tuple(checker.drawn() if draws.is_drawn(call, seed) else checker.all(variants))
     report = Report(
         title=f"check_vmap({getattr(fun, '__name__', type(fun).__name__)})",
         checks=checks,
@@ -132,6 +134,15 @@ def _check_options(fun: Any, batched: Any, backends: Any, derivatives: Any, rand
         raise AxisSpecError("check_vmap: backends is empty and there is no batched function: there is nothing to check.")
     if randomness not in ("error", "different", "same"):
         raise AxisSpecError(f"check_vmap: randomness must be 'error', 'different' or 'same', but it is {randomness!r}.")
+
+
+def _check_values(kwargs: Any, axis_name: Any, seed: Any) -> None:
+    if kwargs is not None and not (isinstance(kwargs, dict) and all(isinstance(name, str) for name in kwargs)):
+        raise AxisSpecError(f"check_vmap: kwargs must be a dict of arguments by name, or None, but it is {kwargs!r}.")
+    if not isinstance(axis_name, Hashable):
+        raise AxisSpecError(f"check_vmap: axis_name must be hashable, but it is {axis_name!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise AxisSpecError(f"check_vmap: seed must be a whole number from 0 up to 2**64 - 1, but it is {seed!r}.")
 
 
 def _tolerance(given: Tolerance | float | None) -> Tolerance | None:
@@ -212,6 +223,8 @@ class _Checker:
                 f"check_vmap: the function looks across the samples, by the axis name {call.axis_name!r}. A loop has one sample "
                 f"at a time, so there is nothing to hold it against."
             ) from loop.error
+        if isinstance(loop.error, AxisError | AxisSpecError | UnmappedOutputError) and self._runs_with_plain_out_axes():
+            raise loop.error
         if loop.error is None:
             self.work = _work(call)
             again = self._loop_again()
@@ -222,6 +235,11 @@ class _Checker:
             for variant in all_variants(call, self.seed):
                 self.calls[variant.name] = variant.call
                 yield from self._on(variant)
+
+    def _runs_with_plain_out_axes(self) -> bool:
+        """Whether the function itself is fine, if the loop fails: then ``out_axes`` do not fit."""
+        call = dataclasses.replace(self.given.call, out_axes=0)
+        return self._measured(call, LOOP, LOOP.make(call), VALUES, None).error is None
 
     def _as_given(self) -> Iterator[Check]:
         fine = []
@@ -271,11 +289,14 @@ class _Checker:
         made = self._made(way, variant)
         found = made if isinstance(made, Outcome) else self._measured(variant.call, way, made, what, self._like(variant, what))
         head = (way.name, "loop", what, variant.name)
+        if what != VALUES and found.error is None and isinstance(loop.error, NotImplementedError):
+            return Check(*head, "skipped", None, f"PyTorch cannot differentiate the loop: {line(loop.error)}", (), found.seconds)
         if found.error is not None or loop.error is not None:
             return self._or_skipped(way, errors_compared(head, found, loop, way.kind == "compile"))
         work = self.work if what == VALUES else Work(4 * self.work.operations, self.work.longest * max(variant.call.size, 1))
         rules = Rules(self.tolerance, work, numbers=way.numbers)
-        leaves = self._compared(found.value, loop.value, variant, what, rules)
+        value = unspoiled(found.value, loop.value) if way.kind == "nested" and what == REVERSE else found.value
+        leaves = self._compared(value, loop.value, variant, what, rules)
         if what == VALUES and way.kind != "nested":  # which gets copies
             leaves += writes_compared(variant.call.names, found.inputs, loop.inputs, rules)
         return Check.of_leaves(*head, leaves, found.seconds)

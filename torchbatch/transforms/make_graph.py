@@ -82,6 +82,8 @@ class Graph:
     def __init__(self, program: Program) -> None:
         trace = program.trace
         self.module: GraphModule = trace.graph
+        if trace.programs:
+            self.module.meta["programs"] = trace.programs  # loops and choices: the graph itself holds only their numbers
         self.captured: list[torch.Tensor] = trace.captured
         self.inputs = [_abstract(value) for value in trace.examples[: len(trace.examples) - len(trace.captured)]]
         results: Any = self.module.graph.output_node().args[0]

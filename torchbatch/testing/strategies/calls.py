@@ -148,6 +148,9 @@ def _from_text(draw: st.DrawFn, text: str, sizes: Mapping[str, int], dtype: Any,
         )
     inputs, outputs = _sides(match[1]), _sides(match[2])
     names = dict.fromkeys(name for part in (*inputs, *outputs) for name in part)
+    unknown = [name for name in sizes if name not in names]
+    if unknown:
+        raise AxisSpecError(f"batched_calls: sizes has {unknown[0]!r}, but the signature {text!r} has no such name.")
     known = {name: int(name) if name.isdigit() else sizes.get(name) for name in names}
     found = {name: draw(sides) if size is None else size for name, size in known.items()}
     kind = draw(dtype) if isinstance(dtype, st.SearchStrategy) else dtype
