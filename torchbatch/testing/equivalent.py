@@ -562,6 +562,10 @@ def _divergences(session: _Session, checks: Sequence[Check], backend: Any) -> It
             yield from _divergence(session, version, versions[first.against], first.what, backend)
 
 
+#: What a trace of a function may raise that runs without one.
+_OF_TRACES = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
+
+
 def _divergence(session: _Session, version: Version, against: Version, what: str, backend: Any) -> Iterator[str]:
     pair = (version, against)
     if any(one.framework.name == "numpy" for one in pair):
@@ -571,7 +575,7 @@ def _divergence(session: _Session, version: Version, against: Version, what: str
     run = [_under(one, kept, jit="jit" in names, options=session.options) for one in pair]
     try:
         found = parting(run, session.tensors, backend, session.tolerance)
-    except Exception as error:  # it ran, but cannot be traced
+    except _OF_TRACES as error:  # it ran, but cannot be traced
         yield f"Where {version.name} and {against.name} part is not known: {_said(error)}"
         return
     if found is not None:
