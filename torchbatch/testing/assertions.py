@@ -7,7 +7,7 @@ from typing import Any
 from torchbatch.errors import AxisSpecError
 from torchbatch.testing.compare import Rules, compare
 from torchbatch.testing.report import Check, Report
-from torchbatch.testing.tolerance import Tolerance, Work
+from torchbatch.testing.tolerance import Tolerance, Work, is_amount
 
 
 def assert_close(
@@ -64,6 +64,6 @@ def assert_close(
 
 def _tolerance(rtol: float | None, atol: float | None) -> Tolerance | None:
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
+        if value is not None and not is_amount(value):
             raise AxisSpecError(f"assert_close: {name} must be a number from 0 up, but it is {value!r}.")
     return None if rtol is None and atol is None else Tolerance(float(rtol or 0), float(atol or 0))

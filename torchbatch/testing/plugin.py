@@ -22,7 +22,7 @@ from torchbatch.testing.frameworks import as_tensors, framework
 from torchbatch.testing.optional import require
 from torchbatch.testing.precision import precision_policy
 from torchbatch.testing.report import Check, Report
-from torchbatch.testing.tolerance import Tolerance
+from torchbatch.testing.tolerance import Tolerance, is_amount
 from torchbatch.testing.variants import Call, call_of, copied
 from torchbatch.testing.verdicts import writes_compared
 from torchbatch.testing.ways import LOOP, ways
@@ -136,7 +136,7 @@ def _tolerance(given: Tolerance | float | None) -> Tolerance | None:
     __tracebackhide__ = True
     if given is None or isinstance(given, Tolerance):
         return given
-    if isinstance(given, bool) or not isinstance(given, int | float) or not given >= 0:
+    if not is_amount(given):
         raise AxisSpecError(f"tolerance must be a number from 0 up, a Tolerance or None, but it is {given!r}.")
     return Tolerance(float(given), float(given))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,12 @@ from torchbatch.errors import AxisSpecError
 from torchbatch.testing.values import FORMATS, Values
 
 _NARROW, _NARROWEST = 8, 2  # how many last places a number of 16 bits, or of 8, may be off
+
+
+def is_amount(value: Any) -> bool:
+    """Whether a value is a real number from 0 up, Python's or NumPy's."""
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return is_number and bool(value >= 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Tolerance:
 
     def __post_init__(self) -> None:
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            if not is_amount(value):
                 raise AxisSpecError(f"Tolerance: {name} must be a number from 0 up, but it is {value!r}.")
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ from torchbatch.testing.gradients import FORWARD, INSIDE, REVERSE
 from torchbatch.testing.outcomes import Outcome, attempt, errors_compared, line
 from torchbatch.testing.precision import precision_policy
 from torchbatch.testing.report import Check, Report
-from torchbatch.testing.tolerance import Tolerance, Work
+from torchbatch.testing.tolerance import Tolerance, Work, is_amount
 from torchbatch.testing.variants import Call, Variant, call_of, copied, order, spread, take
 from torchbatch.testing.variants import variants as all_variants
 from torchbatch.testing.verdicts import closer, distance, doubtful, flattened, leaves_compared, unspoiled, writes_compared
@@ -148,7 +148,7 @@ def _check_values(kwargs: Any, axis_name: Any, seed: Any) -> None:
 def _tolerance(given: Tolerance | float | None) -> Tolerance | None:
     if given is None or isinstance(given, Tolerance):
         return given
-    if isinstance(given, bool) or not isinstance(given, int | float) or not given >= 0:
+    if not is_amount(given):
         raise AxisSpecError(
             f"check_vmap: tolerance must be a Tolerance, a number that serves as rtol and atol, or None, but it is {given!r}."
         )
