@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from torchbatch import tree
 from torchbatch.errors import AxisSpecError
+from torchbatch.testing.optional import require
 from torchbatch.testing.strategies.arrays import tensors
 
 __all__ = ["NODES", "Pair", "Record", "pytrees", "register_with_jax"]
@@ -47,10 +48,7 @@ def register_with_jax() -> None:
         >>> from torchbatch.testing import strategies
         >>> strategies.register_with_jax()  # doctest: +SKIP
     """
-    try:
-        import jax
-    except ModuleNotFoundError as error:
-        raise ImportError("register_with_jax needs JAX: pip install 'torchbatch[jax]'.") from error
+    jax = require("jax", "register_with_jax", "jax")
     if jax.tree_util.all_leaves([Record(0, 0)]):
         jax.tree_util.register_dataclass(Record, ("left", "right"), ("tag",))
 
